@@ -1,0 +1,1137 @@
+"""Supervised fine-tuning of a Llama on demonstrations: the reference policy that preference training starts from.
+
+The loss is the mean negative log-prob over the loss tokens of a whole step (all ranks, all micro-batches):
+
+    L = - sum_{i, t} log pi(y_{i,t} | x_i, y_{i,<t}) / sum_i |y_i|
+
+over the completion's tokens (EOS included) of {prompt, completion} rows, over every token after the first of {text} rows. The
+examples of a step are packed into rows of --max_length tokens; no example sees another. The recipe of the IS-DAA paper
+(Appendix C: TL;DR demonstrations and HH's chosen responses, pooled) is `--preset tldr+hh`.
+
+    python train_sft.py                                                         # CPU: the embedded toy task, random weights
+    python train_sft.py --model DIR_OR_HUB_ID --data demonstrations.jsonl       # 1 GPU
+    torchrun --nproc_per_node=4 train_sft.py --preset tldr+hh                   # 4 GPUs, DDP; --shard past one GPU's memory
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_sft.py --shard ...
+
+Units: log-probs in nats, lengths in tokens, batch sizes in examples, micro-batch sizes in rows; a step is an optimizer step.
+"""
+
+import argparse
+import contextlib
+import errno
+import gzip
+import hashlib
+import importlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from array import array
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from kernels.logprob import linear_sequence_logps
+
+
+# ------------------------------------------------------------------------------------------- examples, packing, the loss
+@dataclass
+class Example:
+    """Token ids; the loss is on ids[first:]. They begin with BOS if the tokenizer has one and, unless cut, end with EOS."""
+
+    ids: array
+    first: int
+
+
+def split_demonstration(row, tokenizer):
+    """A data row -> prompt or None, completion. Raises SkipRow(kind). Takes {text}; {prompt, completion}; preference rows, of
+    which the chosen response is the demonstration (HH's have the prompt inside); {messages}, of which the last is."""
+    if "text" in row:
+        prompt, completion = None, row["text"]
+    elif "messages" in row and isinstance(row["messages"], list):
+        prompt, completion = row["messages"][:-1], row["messages"][-1:]
+    else:
+        prompt, completion = row.get("prompt"), row.get("completion", row.get("chosen"))
+        marker = "\n\nAssistant:"
+        if prompt is None and isinstance(completion, str) and marker in completion:
+            cut = completion.rfind(marker) + len(marker)
+            prompt, completion = completion[:cut], completion[cut:]
+        if prompt is None:
+            raise SkipRow("no prompt")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        prompt, completion = render_chat(tokenizer, prompt, completion)
+    if not isinstance(completion, str) or not isinstance(prompt, (str, type(None))):
+        raise SkipRow("wrong types")
+    if not completion.strip():
+        raise SkipRow("empty completion")
+    return prompt, completion
+
+
+def load_examples(source, held_out, tokenizer, vocab_size, max_length, max_prompt_length, truncation):
+    """Read, tokenize and cut demonstrations -> examples, report (str). Raises UserError where nothing is left or a token id is
+    outside the model's vocabulary."""
+    report, kept, texts = Report(source), [], []
+    for where, row in read_rows(source, held_out, RECIPES):
+        with report.row(where):
+            prompt, completion = split_demonstration(row, tokenizer)
+            kept.append((where, prompt is None))
+            texts += [prompt or "", completion]
+    ids = encode(tokenizer, texts, vocab_size)
+    examples = []
+    for k, (where, is_text) in enumerate(kept):
+        with report.row(where, count=False):
+            prompt, completion = ids[2 * k], ids[2 * k + 1]
+            if is_text:  # the first token is given, be it BOS or not
+                prompt = array("i", [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
+                completion = completion[1:] if completion[:1] == prompt else completion
+            else:
+                prompt = cut_prompt(prompt, tokenizer, max_prompt_length, truncation, report)
+            completion = cut_response(completion, tokenizer, max_length - len(prompt), report)
+            examples.append(Example(prompt + completion, max(1, len(prompt))))
+    return examples, report.finish(len(examples), "examples")
+
+
+def pack(lengths, capacity):
+    """First-fit decreasing: examples of `lengths` tokens -> rows (lists of examples) of at most `capacity` tokens."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, left in enumerate(room) if left >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+def collate(packed_rows, device):
+    """Rows of examples -> the arguments of Llama.forward; sequence s is the s-th example. An example's segment is its number in
+    the row, from 1, so that it sees itself alone, and its positions start at 0."""
+    rows, predict, targets, cu_seqlens = [], [], [], [0]
+    for b, examples in enumerate(packed_rows):
+        tokens, positions, segments = [], [], []
+        for number, example in enumerate(examples, 1):
+            start = len(tokens)
+            tokens += example.ids
+            positions += range(len(example.ids))
+            segments += [number] * len(example.ids)
+            predict += [(b, start + t - 1) for t in range(example.first, len(example.ids))]
+            targets += example.ids[example.first :]
+            cu_seqlens.append(len(targets))
+        rows.append((tokens, positions, segments))
+    return batch_tensors(rows, predict, targets, cu_seqlens, device)
+
+
+def step_loss(model, examples, args, rank, world, device, train):
+    """Mean negative log-prob a token over all examples (the same list on all ranks), in nats; with `train` its gradient is left
+    in the parameters. One all-reduce: every rank returns the same number."""
+    n_tokens = sum(len(example.ids) - example.first for example in examples)
+    rows = [[examples[i] for i in row] for row in pack([len(example.ids) for example in examples], args.max_length)]
+    rounds = deal([sum(len(example.ids) for example in row) for row in rows], args.micro_batch_size, world)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for k, micro in enumerate(rounds):
+        picked = micro[rank] or [0]  # an idle rank computes row 0, times 0, so that collectives match
+        # DDP sums the ranks' gradients once, with the last micro-batch; FSDP2 each time, as it keeps only its own shard.
+        last = k == len(rounds) - 1
+        hold = isinstance(model, DistributedDataParallel) and not last
+        with torch.set_grad_enabled(train), model.no_sync() if hold else contextlib.nullcontext():
+            logps, _ = model(**collate([rows[i] for i in picked], device))
+            nll = -logps.sum() if micro[rank] else 0.0 * logps.sum()
+            if train:
+                (nll * (world / n_tokens)).backward()  # DDP and FSDP2 average over ranks: the sum / n_tokens remains
+        total += nll.detach()
+    dist.all_reduce(total)
+    return total / n_tokens
+
+
+# ----------------------------------------------------------------------------------------------------------- the flags
+HERE = Path(__file__).resolve().parent
+PAPER = dict(model="meta-llama/Llama-3.2-3B", epochs=1, max_length=640, max_prompt_length=512, batch_size=64,
+             micro_batch_size=4, lr=1e-6, warmup_steps=100, save_every=500, eval_every=500)  # Appendix C
+PRESETS = {
+    "toy": dict(model=f"{HERE}/toy/base/config.json", data=f"{HERE}/toy/sft.jsonl.gz", eval_data=f"{HERE}/toy/sft_eval.jsonl.gz",
+                epochs=1, max_length=128, max_prompt_length=96, batch_size=48, micro_batch_size=8, lr=4e-3, warmup_steps=50,
+                save_every=100, eval_every=100),
+    "tldr": dict(PAPER, data="tldr", eval_data="tldr"),
+    "hh": dict(PAPER, data="hh", eval_data="hh"),
+    "tldr+hh": dict(PAPER, data="tldr+hh", eval_data="tldr+hh"),
+}
+# Hub datasets that a name stands for: id, train split, held-out split, and how a row becomes one that split_demonstration takes.
+RECIPES = {
+    "tldr": ("trl-lib/tldr", "train", "validation", lambda row: row),  # {prompt, completion}
+    "hh": ("Anthropic/hh-rlhf", "train", "test", lambda row: row),  # {chosen, rejected}: the chosen response
+}
+
+
+def parse_args(argv=None):
+    parser = Parser(description="Supervised fine-tuning on demonstrations or text.", allow_abbrev=False)
+    common_flags(parser, PRESETS)
+    args = parse_with_preset(parser, PRESETS, argv)
+    args.out = args.out or f"out/sft-{args.preset}"
+    return args
+
+
+# --- shared: flags (train_sft, train_pref) ---
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is a UserError, so that one rank says it once."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def common_flags(parser, presets):
+    """The flags every trainer has. An example is a pair or a demonstration; defaults marked 'preset' come from --preset."""
+    add = parser.add_argument
+    add("--preset", choices=list(presets), default="toy", help="set of defaults; a flag given wins (default: %(default)s)")
+    add("--model", help="start: model directory, Hub id (or, in train_sft.py, a config.json: random weights) (preset)")
+    add("--data", help="training data: .jsonl[.gz], recipe name or Hub id; a+b pools two (preset)")
+    add("--eval_data", help="held-out data, likewise; '' for none (preset)")
+    add("--out", default=None, help="run directory; run again with it to resume (default: named after the flags, in out/)")
+    add("--seed", type=int, default=0, help="seed of the data order and of random weights (default: %(default)s)")
+    add("--epochs", type=positive_int, help="passes over the data (preset)")
+    add("--max_steps", type=int, default=0, help="stop after this many optimizer steps; 0: no limit (default: %(default)s)")
+    add("--batch_size", type=positive_int, help="examples per optimizer step, over all ranks (preset)")
+    add("--micro_batch_size", type=positive_int, help="rows per rank per forward; lower it when memory runs out (preset)")
+    add("--lr", type=float, help="peak learning rate; cosine to 10%% of it (preset)")
+    add("--warmup_steps", type=int, help="optimizer steps of linear warm-up; 0: none (preset)")
+    add("--weight_decay", type=float, default=0.0, help="AdamW weight decay; 0: off (default: %(default)s)")
+    add("--adam_eps", type=float, default=1e-5, help="AdamW epsilon (default: %(default)s, the authors')")
+    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping (default: %(default)s)")
+    add("--max_length", type=positive_int, help="tokens of prompt + response at most (preset)")
+    add("--max_prompt_length", type=positive_int, help="tokens of the prompt at most, below --max_length (preset)")
+    add("--truncation", choices=["keep_end", "keep_start", "drop"], default="keep_end", help="a prompt that is too long"
+        " keeps its end, keeps its start, or is left out (default: %(default)s)")
+    add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
+        help="of the products; weights, optimizer state and log-probs are float32 always (default here: %(default)s)")
+    add("--kernel", choices=["auto", "triton", "torch"], default="auto", help="log-prob kernel; auto: triton on a GPU")
+    add("--compile", action="store_true", help="torch.compile the decoder layers (default: off)")
+    add("--shard", action="store_true", help="FSDP2: weights, gradients and optimizer state divided by the ranks (default: DDP)")
+    add("--checkpoint_activations", action="store_true", help="recompute layers in backward: less memory (default: off)")
+    add("--save_every", type=int, help="optimizer steps between checkpoints; 0: only on a signal (preset)")
+    add("--eval_every", type=int, help="optimizer steps between evaluations on --eval_data; 0: never (preset)")
+    add("--keep", type=int, default=0, help="newest checkpoints kept; 0: all (default: %(default)s)")
+    add("--track", choices=["none", "tensorboard", "wandb", "trackio"], default="none", help="a dashboard besides the JSON lines")
+    add("--resume", choices=["auto", "never"], default="auto", help="never: refuse an --out that is not empty")
+    add("--timeout", type=positive_int, default=1800, help="seconds after which a rank that hangs ends the run (default: %(default)s)")
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def parse_with_preset(parser, presets, argv):
+    """Parse twice: the first pass finds --preset, whose dict then stands for the defaults of the second."""
+    parser.set_defaults(**presets["toy"])
+    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    args = parser.parse_args(argv)
+    if args.max_prompt_length >= args.max_length:
+        parser.error(f"--max_prompt_length {args.max_prompt_length} leaves no room in --max_length {args.max_length}")
+    return args
+# --- end shared: flags ---
+
+
+# --- shared: step (train_sft, train_pref) ---
+def batch_tensors(rows, predict, targets, cu_seqlens, device):
+    """Pad rows of (tokens, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,)."""
+    T = max(len(tokens) for tokens, _, _ in rows)
+    pad = lambda k, value: torch.tensor([row[k] + [value] * (T - len(row[k])) for row in rows])
+    batch = dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=torch.tensor([b * T + t for b, t in predict]),
+                 targets=torch.tensor(targets), cu_seqlens=torch.tensor(cu_seqlens))
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def epoch_order(n, seed, epoch):
+    """The order of n examples in an epoch: a pure function of (seed, epoch), whatever the hardware."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def deal(lengths, micro_batch_size, world):
+    """Deal a step's examples, whose token counts are `lengths`, to rounds of micro-batches -> rounds[k][rank] = [example].
+
+    Longest first, neighbours together: little padding, and the ranks of a round work for about the same time. Every rank has
+    the same number of rounds (collectives must match); a micro-batch may be empty when examples run out."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    n_rounds = math.ceil(len(order) / (micro_batch_size * world))
+    n_groups = n_rounds * world
+    bounds = [len(order) * g // n_groups for g in range(n_groups + 1)]
+    groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    return [groups[k * world : (k + 1) * world] for k in range(n_rounds)]
+
+
+def learning_rate(step, total, warmup_steps, peak):
+    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it at `total`; step counts from 1."""
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total - warmup_steps)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def clip_and_step(model, optimizer, grad_clip, finite):
+    """Clip the global gradient norm and apply the update, on all ranks or on none: where a loss or gradient is not finite the
+    weights stay as they were. -> the norm before clipping, whether the update was applied."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    applied = bool(finite & norm.isfinite())
+    if applied:
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm.item(), applied
+# --- end shared: step ---
+
+
+# --- shared: run (train_sft, train_pref) ---
+class UserError(ValueError):
+    """A mistake its user can mend: said once, in one line, without a traceback."""
+
+
+def guard(main):
+    """Run main and turn a user's mistake into one line and exit code 1. Ranks above 0 let rank 0 speak first: torchrun ends
+    them when it exits; if rank 0 saw nothing wrong, they speak for themselves."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # no clean-up that would wait for other ranks
+    except KeyboardInterrupt:  # before training there is nothing to save
+        os._exit(130)
+    except SystemExit:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def start(seed, timeout):
+    """Join the process group -> rank, world, device. Without torchrun it is a group of one: collectives need no `if`."""
+    local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank}, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **alone)
+    torch.manual_seed(seed)
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step as it ends
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def on_rank_0(function):
+    """Run it on rank 0 and give its result, or its UserError, to every rank."""
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+class Stop:
+    """After SIGTERM, SIGINT or SIGUSR1 the step ends, all ranks save and exit with 128 + the signal. A second one exits at
+    once, unless it comes within a second: torchrun passes a Ctrl-C on to workers that already had it."""
+
+    def __init__(self):
+        self.signum, self.at = 0, 0.0
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        if self.signum and time.monotonic() - self.at > 1:
+            os._exit(128 + signum)
+        if not self.signum:
+            self.signum, self.at = signum, time.monotonic()
+
+    def agreed(self, device):
+        """The signal that any rank was sent, or 0: the same on every rank."""
+        signum = torch.tensor(self.signum, device=device)
+        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
+        return signum.item()
+
+
+def run_header(script, args, world, device, **more):
+    """What a run must say of itself: the first line of metrics.jsonl."""
+    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = {package: importlib.import_module(package).__version__ for package in ("torch", "transformers", "safetensors")}
+    return dict(script=script, args=vars(args), commit=commit or None, versions=versions, device=name, world=world, **more)
+
+
+def open_metrics(path, header, step):
+    """metrics.jsonl, ready for the lines after `step`. On resume later lines go (they will be written again, the same), and a
+    line that a kill cut in two; at step 0 it holds the header alone."""
+    kept = [json.dumps(header)]
+    if step:
+        lines = path.read_text().split("\n")[:-1]
+        kept = lines[:1] + [line for line in lines[1:] if json.loads(line)["step"] <= step]
+    write_aside(path, lambda aside: aside.write_text("\n".join(kept) + "\n"))
+    return path.open("a")
+
+
+def write_metrics(file, metrics):
+    """One JSON line. JSON has no NaN: what is not finite is written as null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    file.write(json.dumps(clean) + "\n")
+    file.flush()
+
+
+def make_tracker(kind, out, args):
+    """-> log(metrics, step) for the dashboard asked for, which is imported only then."""
+    if kind == "none":
+        return lambda metrics, step: None
+    try:
+        if kind == "tensorboard":
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
+            return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+        module = importlib.import_module(kind)  # wandb and trackio have one interface
+    except ImportError as error:
+        raise UserError(f"--track {kind}: {error}; pip install {kind}") from None
+    module.init(project="is-daa", name=out.name, config=vars(args))
+    return lambda metrics, step: module.log(metrics, step=step)
+
+
+def memory_gb(device):
+    """Peak memory of this process: of the GPU's allocator, or resident on CPU. In GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # ru_maxrss is in KiB on Linux
+# --- end shared: run ---
+
+
+# --- shared: data (train_sft, train_pref) ---
+class SkipRow(Exception):
+    """This data row cannot be used; the message is the kind it is counted under."""
+
+
+class Report:
+    """Counts rows that were skipped or cut, by kind, with the place of the first of each."""
+
+    def __init__(self, source):
+        self.source, self.rows, self.skipped, self.cuts, self.where = source, 0, {}, {}, None
+
+    @contextlib.contextmanager
+    def row(self, where, count=True):
+        self.rows += count
+        self.where = where
+        try:
+            yield
+        except SkipRow as skip:
+            self.note(self.skipped, str(skip))
+
+    def cut(self, kind):
+        self.note(self.cuts, kind)
+
+    def note(self, counts, kind):
+        n, first = counts.get(kind, (0, self.where))
+        counts[kind] = (n + 1, first)
+
+    def finish(self, kept, noun):
+        """The report as text. Raises UserError if nothing was kept."""
+        say = lambda counts: ", ".join(f"{n} {kind} (first {first})" for kind, (n, first) in counts.items()) or "none"
+        text = f"{self.source}: {kept} {noun} of {self.rows} rows; skipped: {say(self.skipped)}; cut: {say(self.cuts)}"
+        if not kept:
+            raise UserError(f"no usable {noun} in {text}")
+        return text
+
+
+def read_rows(source, held_out, recipes):
+    """Yield (where, row) of a .jsonl or .jsonl.gz file, a recipe's name, a Hub dataset's id or directory; `a+b` pools parts."""
+    for part in [source] if Path(source).exists() else source.split("+"):
+        if part in recipes or not (Path(part).is_file() or part.endswith((".jsonl", ".gz", ".json"))):
+            name, train, test, convert = recipes.get(part, (part, "train", "test", lambda row: row))
+            try:
+                rows = importlib.import_module("datasets").load_dataset(name, split=test if held_out else train)
+            except ImportError:
+                raise UserError(f"{part}: reading from the Hub needs `pip install datasets`") from None
+            except (OSError, ValueError) as error:
+                raise UserError(f"{part}: no such file, recipe ({', '.join(recipes)}) or readable Hub dataset: {error}") from None
+            yield from ((f"{part}[{n}]", convert(row)) for n, row in enumerate(rows))
+        else:
+            yield from read_jsonl(Path(part))
+
+
+def read_jsonl(path):
+    """Yield ("file:line", object) of a JSON-lines file. Lines end at "\\n" only: U+2028 may stand inside a string."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    yield f"{path}:{number}", row if isinstance(row, dict) else {}
+    except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError
+        raise UserError(f"{path}:{number}: not JSON: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: broken after line {number}: {error}") from None
+
+
+def ids_sha256(rows):
+    """Fingerprint of a list of id arrays: of the data as the model sees it, tokenizer and cuts included."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little") + row.tobytes())
+    return digest.hexdigest()
+# --- end shared: data ---
+
+
+# --- shared: tokenizer (train_sft, train_pref) ---
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+                  "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
+                  "image", *(f"reserved_special_token_{k}" for k in range(2, 246))]  # 256 in all
+
+
+def load_tokenizer(directory):
+    """The tokenizer of a model directory: AutoTokenizer, or for a directory with nothing but Meta's tokenizer.model (tiktoken's
+    format) the same ids through transformers' converter. Raises UserError if there is none or it has no EOS."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    directory = Path(directory)
+    if (directory / "tokenizer.model").exists() and not list(directory.glob("tokenizer*.json")):
+        names = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
+        converter = TikTokenConverter(str(directory / "tokenizer.model"), LLAMA3_PATTERN, extra_special_tokens=names)
+        try:
+            backend = converter.converted()
+        except ValueError as error:
+            raise UserError(f"{directory}/tokenizer.model is not tiktoken's format ({error}); a SentencePiece model needs its"
+                            " tokenizer.json beside it") from None
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{directory}: no tokenizer that transformers can load: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{directory}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def encode(tokenizer, texts, vocab_size):
+    """Texts -> arrays of ids, without BOS and EOS. Special tokens written in the text are parsed, as everywhere in transformers:
+    prompts come already rendered. Raises UserError for an id that the model does not have."""
+    ids = []
+    for k in range(0, len(texts), 1000):  # arrays: 4 bytes a token, where a list takes 36
+        rows = tokenizer(texts[k : k + 1000], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids += (array("i", row) for row in rows)
+    largest = max(tokenizer.eos_token_id, *(max(row, default=0) for row in ids), 0)
+    if largest >= vocab_size:
+        raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs to another"
+                        " model")
+    return ids
+
+
+def cut_prompt(ids, tokenizer, limit, truncation, report):
+    """One BOS, if the tokenizer has one, then at most `limit` tokens in all. Raises SkipRow."""
+    bos = array("i", [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
+    if bos and ids[:1] == bos:  # a chat template may have written it
+        ids = ids[1:]
+    room = limit - len(bos)
+    if len(ids) > room:
+        if truncation == "drop":
+            raise SkipRow("prompt too long")
+        report.cut("prompt")
+        ids = ids[len(ids) - room :] if truncation == "keep_end" else ids[:room]
+    if not bos + ids:
+        raise SkipRow("empty prompt")
+    return bos + ids
+
+
+def cut_response(ids, tokenizer, room, report):
+    """One EOS at the end; if it does not fit in `room` tokens the response loses its end and gets no EOS. Raises SkipRow."""
+    eos = array("i", [tokenizer.eos_token_id])
+    ids = ids if ids[-1:] == eos else ids + eos
+    if room < 1:
+        raise SkipRow("no room for a response")
+    if len(ids) == 1:
+        raise SkipRow("empty response")
+    if len(ids) > room:
+        report.cut("response")
+    return ids[:room]
+
+
+def render_chat(tokenizer, prompt, response):
+    """Lists of {role, content} -> prompt text, response text by the tokenizer's chat template. Raises SkipRow; UserError if
+    there is no template. The response ends before its EOS, which cut_response writes."""
+    if tokenizer.chat_template is None:
+        raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's tokenizer"
+                        " or data with text prompts")
+    messages = prompt + response
+    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+        raise SkipRow("wrong types")
+    if not prompt or not response or response[0]["role"] != "assistant":
+        raise SkipRow("prompt mismatch")
+    if not any(message["content"].strip() for message in response):
+        raise SkipRow("empty response")
+    prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not text.startswith(prompt_text):
+        raise SkipRow("chat template does not continue the prompt")
+    text, eos = text[len(prompt_text) :], tokenizer.eos_token
+    return prompt_text, text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
+# --- end shared: tokenizer ---
+
+
+# --- shared: llama (train_sft, train_pref) ---
+@dataclass
+class LlamaConfig:
+    """The shape of a Llama, read from config.json; names are transformers'."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    initializer_range: float
+    rope: dict  # rope_type, rope_theta and, for llama3, its four parameters
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+
+
+def read_config(path):
+    """config.json (old dialect: rope_theta, rope_scaling; transformers 5: rope_parameters) -> LlamaConfig.
+    Raises UserError, naming it, for whatever this forward does not compute."""
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    rope = dict(rope_theta=raw.get("rope_theta", 10000.0)) | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+    for key, value, known in (("model_type", raw.get("model_type"), ("llama",)), ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
+                              ("rope_type", rope["rope_type"], ("default", "llama3")),
+                              ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+                              ("quantization_config", raw.get("quantization_config"), (None,))):
+        if value not in known:
+            raise UserError(f"{path}: {key} is {value!r}; known: {', '.join(map(repr, known))}")
+    needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    missing = [k for k in needed if k not in raw] + [k for k in scaling if rope["rope_type"] == "llama3" and k not in rope]
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} missing")
+    heads = raw["num_attention_heads"]
+    head_dim, kv_heads = raw.get("head_dim") or raw["hidden_size"] // heads, raw.get("num_key_value_heads") or heads
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(f"{path}: {heads} heads of {head_dim} on {kv_heads} key-value heads: must divide, and head_dim be even")
+    return LlamaConfig(**{k: raw[k] for k in needed}, num_key_value_heads=kv_heads, head_dim=head_dim,
+                       rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02), rope=rope,
+                       tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                       attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False))
+
+
+def rope_frequencies(config):
+    """Radians per position of each pair of dimensions (head_dim/2,), float32. llama3 (Llama 3.1) divides the low frequencies by
+    `factor`, keeps the high ones, and goes linearly from one to the other between."""
+    rope, dim = config.rope, config.head_dim
+    freqs = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)  # over the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
+    return freqs
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, H, T, head_dim): dimension j turns with j + head_dim/2, as Hugging Face orders them."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """In the dtype of its input: the float32 master weight is cast where it is used (under FSDP2 it comes already cast)."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = Linear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x, cos, sin, mask):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, head_dim)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.frequencies = rope_frequencies(c)
+        self.dtype, self.checkpoint_activations = torch.float32, False
+
+    def forward(self, ids, positions, segments):
+        x = self.embed_tokens(ids).to(self.dtype)
+        self.frequencies = self.frequencies.to(x.device)
+        angles = positions[:, None, :, None] * self.frequencies  # (B, 1, T, head_dim/2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding (-1) sees padding.
+        query, key = segments[:, None, :, None], segments[:, None, None, :]
+        mask = ((query == key) | ((key == 0) & (query > 0))).tril()  # (B, 1, T, T)
+        for layer in self.layers:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """A causal language model. Its forward returns log-probs, not logits: (N, V) never stands in memory at once, and a sharded
+    head is gathered while it is used. A tied head is the embedding itself, as in the checkpoint."""
+
+    def __init__(self, c, kernel="auto"):
+        super().__init__()
+        self.model = LlamaModel(c)
+        self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.kernel = kernel
+
+    def forward(self, ids, positions, segments, predict, targets, cu_seqlens):
+        """-> logps (S,), the sums over each sequence's targets, and token_logps (N,): nats, float32. predict (N,) indexes the
+        flattened (B, T) positions that predict targets (N,); sequence s is cu_seqlens[s] : cu_seqlens[s + 1] (S + 1,)."""
+        hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return linear_sequence_logps(hidden, head.weight.to(hidden.dtype), targets, cu_seqlens, kernel=self.kernel)
+
+
+def build_llama(config, device, kernel, precision, shard, compile_layers, checkpoint_activations):
+    """A Llama with float32 weights allocated but not yet filled: whole on each rank, or with `shard` FSDP2's share of it."""
+    with torch.device("meta"):
+        model = Llama(config, kernel)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
+    if compile_layers:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    if shard:  # bf16 products; float32 gradients and their sums
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module in (*model.model.layers, model):
+            fully_shard(module, mp_policy=mixed)
+    return model.to_empty(device=device)
+# --- end shared: llama ---
+
+
+# --- shared: checkpoint (train_sft, train_pref) ---
+def find_model(name):
+    """A model directory, or a Hub id's snapshot (safetensors and JSON only: pickled weights are never fetched)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or len(Path(name).parts) > 2 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such model directory")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no such directory, and not on the Hub: {error}") from None
+
+
+def open_safetensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(directory):
+    """Fingerprint of a model directory: its config and weights."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def verify(directory):
+    """Check a checkpoint of ours against its manifest; a directory without one is somebody else's. Raises UserError."""
+    directory = Path(directory)
+    if (directory / "manifest.json").exists():
+        for name, digest in json.loads((directory / "manifest.json").read_text()).items():
+            if not (directory / name).exists() or sha256(directory / name) != digest:
+                raise UserError(f"{directory / name} is missing or differs from manifest.json: the checkpoint is damaged; delete"
+                                f" {directory} to go on from the one before")
+    return directory
+
+
+def whole(tensor):
+    """A parameter or optimizer tensor as the checkpoint holds it: unsharded (all ranks take part), on CPU on rank 0 alone."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.cpu().contiguous() if dist.get_rank() == 0 else None
+
+
+def share_like(param, tensor):
+    """A whole tensor -> this rank's share of it, laid out like `param`."""
+    tensor = tensor.to(param.device, param.dtype)
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None) if isinstance(param, DTensor) else tensor
+
+
+@torch.no_grad()
+def load_weights(model, directory):
+    """Fill every parameter from the directory's safetensors, one or sharded. Strict: raises UserError naming a missing, extra
+    or misshapen tensor. Returns the model."""
+    directory = verify(directory)
+    index = directory / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    if not (directory / files[0]).exists():
+        raise UserError(f"{directory}: no model.safetensors (pickled weights, *.bin, are never read: convert them)")
+    files = {name: file for file in map(open_safetensors, (directory / f for f in files)) for name in file.keys()}
+    params = dict(model.named_parameters())
+    # Left out: rotary tables, which old exports hold and the config determines; the second copy of a tied head.
+    extra = sorted(name for name in files.keys() - params.keys() if not name.endswith("rotary_emb.inv_freq"))
+    if extra == ["lm_head.weight"] and model.lm_head is None:
+        if torch.equal(files[extra[0]].get_tensor(extra[0]), files["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")):
+            extra = []
+    missing = sorted(params.keys() - files.keys())
+    if missing or extra:
+        raise UserError(f"{directory}: the weights do not fit config.json: missing {missing[:4]}, extra {extra[:4]}"
+                        f" ({len(missing)} and {len(extra)} in all)")
+    for name, param in params.items():
+        shape = files[name].get_slice(name).get_shape()
+        if shape != list(param.shape):
+            raise UserError(f"{directory}: {name} has shape {shape}, config.json says {list(param.shape)}")
+        param.copy_(share_like(param, files[name].get_tensor(name)))
+    return model
+
+
+def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=None):
+    """Write a model directory that transformers loads, with trainer/ if there is an optimizer; all ranks call it. It is made
+    aside, synced and renamed: `directory` is whole or absent. Raises UserError (disk full, say) with nothing half-written."""
+    aside, failure = directory.with_name(f".{directory.name}.tmp"), None
+    moments = {key: {name: optimizer.state[p].get(key) for name, p in model.named_parameters()}
+               for key in ("exp_avg", "exp_avg_sq")} if optimizer is not None and optimizer.state else {}
+    for part, tensors in {"weights": dict(model.named_parameters()), **moments}.items():
+        tensors = {name: whole(tensor) for name, tensor in tensors.items()}  # all ranks, even after a failure
+        if dist.get_rank() == 0 and failure is None:
+            try:
+                if part == "weights":
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (aside / "trainer").mkdir(parents=True)
+                    save_torch_state_dict(tensors, aside)
+                    write_model_files(aside, tokenizer, source)
+                else:
+                    save_file(tensors, aside / "trainer" / f"{part}.safetensors")
+            except (OSError, SafetensorError) as error:
+                failure = error
+
+    def finish():
+        try:
+            if failure is not None:
+                raise failure
+            if state is None:
+                (aside / "trainer").rmdir()
+            else:
+                rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+                save_file(rng, aside / "trainer" / "rng.safetensors")
+                (aside / "trainer" / "state.json").write_text(json.dumps(state))
+            publish(aside, directory)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(f"cannot write {directory}: {error}; earlier checkpoints are intact") from None
+
+    on_rank_0(finish)
+
+
+def write_model_files(directory, tokenizer, source):
+    """config.json, generation_config.json and the tokenizer beside the weights, from the model at `source`."""
+    config = json.loads((source / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (directory / "config.json").write_text(json.dumps(config | dict(architectures=["LlamaForCausalLM"], dtype="float32"), indent=2))
+    generation = source / "generation_config.json"
+    generation = json.loads(generation.read_text()) if generation.exists() else {"bos_token_id": tokenizer.bos_token_id}
+    stops = generation.get("eos_token_id") or []
+    stops = stops if isinstance(stops, list) else [stops]
+    if tokenizer.eos_token_id not in stops:  # what training wrote at the end of each response must stop generation
+        generation["eos_token_id"] = [*stops, tokenizer.eos_token_id]
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    tokenizer.save_pretrained(directory)
+
+
+def publish(aside, directory):
+    """Write the manifest, settle every file and directory, then rename: the name appears when all of it is on disk."""
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    manifest = aside / "manifest.json"
+    manifest.write_text(json.dumps({str(path.relative_to(aside)): sha256(path) for path in files}, indent=2))
+    for path in [*files, manifest, *(p for p in aside.rglob("*") if p.is_dir()), aside]:
+        settle(path)
+    os.rename(aside, directory)
+    settle(directory.parent)
+
+
+def settle(path):
+    """Permissions from the umask (safetensors writes 0600), and fsync."""
+    if path.is_file():
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_aside(path, write):
+    """write(temporary path), settle and rename: `path` is whole or as it was."""
+    aside = path.with_name(f".{path.name}.tmp")
+    write(aside)
+    settle(aside)
+    os.replace(aside, path)
+    settle(path.parent)
+
+
+# Flags that fit a run to its machine or say what it keeps; every other flag must be the same when a run resumes.
+FREE_FLAGS = {"resume", "keep", "track", "timeout", "micro_batch_size", "shard", "checkpoint_activations", "compile", "out"}
+
+
+def checkpoint_to_resume(out, header):
+    """-> out/final if the run is complete, its newest checkpoint, or None to begin. `header` is the line that this run would
+    begin metrics.jsonl with. Raises UserError where `out` holds something else or another run."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        return None
+    if header["args"]["resume"] == "never":
+        raise UserError(f"--resume never, and {out} is not empty: choose another --out")
+    try:
+        found = json.loads((out / "metrics.jsonl").read_text().split("\n")[0])
+        then, now = ({"script": h["script"], "data fingerprint": h["data"]} | h["args"] for h in (found, header))
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{out} is not empty and holds no run (no metrics.jsonl): choose another --out") from None
+    differ = [f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in sorted({*then, *now} - FREE_FLAGS) if then.get(k) != now.get(k)]
+    if differ:
+        raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out")
+    if (out / "final").exists():
+        return out / "final"
+    steps = sorted(out.glob("step_*"))
+    return verify(steps[-1]) if steps else None
+
+
+@torch.no_grad()
+def load_trainer(directory, model, optimizer):
+    """Put back the optimizer state and random state that save_checkpoint wrote; -> the state dict. Any number of ranks."""
+    trainer = directory / "trainer"
+    state = json.loads((trainer / "state.json").read_text())
+    for key in ("exp_avg", "exp_avg_sq"):
+        if (trainer / f"{key}.safetensors").exists():
+            with open_safetensors(trainer / f"{key}.safetensors") as file:
+                for name, param in model.named_parameters():
+                    moment = torch.zeros_like(param).copy_(share_like(param, file.get_tensor(name)))
+                    optimizer.state[param] |= {key: moment, "step": torch.tensor(float(state["updates"]), device=param.device)}
+    with open_safetensors(trainer / "rng.safetensors") as file:
+        torch.set_rng_state(file.get_tensor("cpu"))
+        if torch.cuda.is_available() and "cuda" in file.keys():
+            torch.cuda.set_rng_state(file.get_tensor("cuda"))
+    return state
+
+
+def prune(out, keep):
+    """Delete all but the newest `keep` checkpoints (0: none is deleted), each renamed first so that none is half there."""
+    for directory in sorted(out.glob("step_*"))[: -keep or 0] if keep else []:
+        doomed = directory.with_name(f".{directory.name}.old")
+        os.rename(directory, doomed)
+        shutil.rmtree(doomed)
+# --- end shared: checkpoint ---
+
+
+@torch.no_grad()
+def init_weights(model, std, seed):
+    """Random weights: normal with the config's initializer_range, norms 1, biases 0. Whole tensors are drawn on CPU, so that the
+    ranks, sharded or not, begin with the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        if name.endswith("norm.weight"):
+            param.fill_(1.0)
+        elif name.endswith(".bias"):
+            param.zero_()
+        else:
+            param.copy_(share_like(param, torch.empty(param.shape).normal_(std=std, generator=generator)))
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+def main():
+    args = parse_args()
+    rank, world, device = start(args.seed, args.timeout)
+    say = tqdm.write if rank == 0 else lambda line: None
+    out = Path(args.out)
+
+    # Data
+    scratch = args.model.endswith("config.json")
+    model_dir = Path(args.model).parent if scratch else find_model(args.model)
+    tokenizer, config = load_tokenizer(model_dir), read_config(model_dir)
+    limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length, args.truncation)
+    examples, report = load_examples(args.data, False, *limits)
+    say(report)
+    eval_examples = []
+    if args.eval_data:
+        eval_examples, report = load_examples(args.eval_data, True, *limits)
+        say(report)
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+
+    # A new run, or one to go on with
+    data_print = ids_sha256(example.ids for example in examples + eval_examples)
+    header = run_header("train_sft", args, world, device, data=data_print, examples=len(examples), steps=total)
+    resumed = on_rank_0(lambda: checkpoint_to_resume(out, header))
+    if resumed == out / "final":
+        say(f"{resumed} exists: this run is complete. Give another --out to begin a new one.")
+        return
+
+    # Policy and optimizer
+    policy = build_llama(config, device, args.kernel, args.precision, args.shard, args.compile, args.checkpoint_activations)
+    if scratch and not resumed:
+        init_weights(policy, config.initializer_range, args.seed)
+    else:
+        load_weights(policy, resumed or model_dir)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
+    state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0)
+    if resumed:
+        state = load_trainer(resumed, policy, optimizer)
+        say(f"resumed from {resumed}")
+    # The sum over ranks comes once a step; the buckets are the gradients themselves, so DDP costs no memory.
+    model = policy if args.shard or world == 1 else DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    metrics_file = open_metrics(out / "metrics.jsonl", header, state["step"]) if rank == 0 else None
+    track = make_tracker(args.track if rank == 0 else "none", out, args)
+    say(f"sft: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters, {len(examples)} examples, {total} steps of"
+        f" {args.batch_size}, {world} x {header['device']}, {args.precision} -> {out}")
+
+    stop, began, order_epoch, order = Stop(), time.perf_counter(), None, None
+    bar = tqdm(total=total, initial=state["step"], disable=rank > 0 or not sys.stderr.isatty(), unit="step")
+    for step in range(state["step"] + 1, total + 1):
+        step_began = time.perf_counter()
+        epoch, k = divmod(step - 1, steps_per_epoch)
+        if epoch != order_epoch:
+            order_epoch, order = epoch, epoch_order(len(examples), args.seed, epoch)
+        batch = [examples[i] for i in order[k * args.batch_size : (k + 1) * args.batch_size]]
+        lr = learning_rate(step, total, args.warmup_steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = step_loss(model, batch, args, rank, world, device, train=True)
+        grad_norm, applied = clip_and_step(model, optimizer, args.grad_clip, loss.isfinite())
+
+        step_s = time.perf_counter() - step_began
+        n_tokens = sum(len(example.ids) for example in batch)
+        state = dict(step=step, updates=state["updates"] + applied, num_tokens=state["num_tokens"] + n_tokens,
+                     skipped=state["skipped"] + (not applied), skipped_in_a_row=0 if applied else state["skipped_in_a_row"] + 1)
+        metrics = {"loss": loss.item(), "grad_norm": grad_norm, "learning_rate": lr, "epoch": step / steps_per_epoch,
+                   "num_tokens": state["num_tokens"], "skipped": state["skipped"], "tokens_per_s": n_tokens / step_s,
+                   "step_s": step_s, "mem_gb": memory_gb(device)}
+        if args.eval_every and eval_examples and (step % args.eval_every == 0 or step == total):
+            metrics["eval_loss"] = step_loss(policy, eval_examples, args, rank, world, device, train=False).item()
+        if rank == 0:
+            write_metrics(metrics_file, {"step": step} | metrics)
+            track(metrics, step)
+            say(f"step {step}/{total} | loss {metrics['loss']:.4f} | norm {grad_norm:.3f} | lr {lr:.2e} | {1e3 * step_s:.0f} ms"
+                f" | {metrics['tokens_per_s']:.0f} tok/s" + ("" if applied else " | NOT FINITE: skipped")
+                + (f" || held out: loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""))
+            bar.update()
+        if state["skipped_in_a_row"] == 10:
+            raise UserError(f"10 steps in a row had a loss or gradient that is not finite, up to step {step}: lower --lr, or look"
+                            f" at the data; the weights are those of the last good step, the last checkpoint is in {out}")
+
+        signum = stop.agreed(device)
+        if signum or (args.save_every and step % args.save_every == 0):
+            save_checkpoint(out / f"step_{step:06d}", policy, tokenizer, model_dir, optimizer, state)
+            on_rank_0(lambda: prune(out, args.keep))
+        if signum:
+            say(f"stopped by signal {signum} after step {step}; the same command goes on from there")
+            raise SystemExit(128 + signum)
+
+    bar.close()
+    save_checkpoint(out / "final", policy, tokenizer, model_dir)
+    if rank == 0:
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+        held_out = [f", held-out loss {line['eval_loss']:.4f}" for line in lines if "eval_loss" in line]
+        say(f"done: {total} steps in {time.perf_counter() - began:.0f} s; loss {lines[0]['loss']:.4f} -> {lines[-1]['loss']:.4f}"
+            f" nats a token{held_out[-1] if held_out else ''}; model in {out}/final")
+
+
+if __name__ == "__main__":
+    guard(main)
