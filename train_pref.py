@@ -187,9 +187,9 @@ PRESETS = {
 }
 # Hub datasets that a name stands for: id, train split, held-out split, and how a row becomes {prompt, chosen, rejected}.
 RECIPES = {
-    "tldr": ("trl-lib/tldr-preference", "train", "validation", lambda row: row),
-    "hh": ("Anthropic/hh-rlhf", "train", "test", lambda row: row),  # implicit prompt
-    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs",
+    "tldr": ("trl-lib/tldr-preference", "train", "validation[:1024]", lambda row: row),
+    "hh": ("Anthropic/hh-rlhf", "train", "test[:1024]", lambda row: row),  # implicit prompt
+    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs[:1024]",
                       lambda row: {key: row[key] for key in ("chosen", "rejected")}),  # the prompt is their first message
 }
 
@@ -963,7 +963,7 @@ class Llama(nn.Module):
         flattened (B, T) positions that predict targets (N,); sequence s is cu_seqlens[s] : cu_seqlens[s + 1] (S + 1,)."""
         hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return linear_sequence_logps(hidden, head.weight.to(hidden.dtype), targets, cu_seqlens, kernel=self.kernel)
+        return linear_sequence_logps(hidden, head.weight, targets, cu_seqlens, kernel=self.kernel)
 
 
 def build_llama(config, device, kernel, precision, shard, compile_layers, checkpoint_activations):
@@ -977,8 +977,8 @@ def build_llama(config, device, kernel, precision, shard, compile_layers, checkp
             layer.compile(dynamic=True)
     if shard:  # bf16 products; float32 gradients and their sums
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module in (*model.model.layers, model):
-            fully_shard(module, mp_policy=mixed)
+        for module in (*model.model.layers, model):  # also the root: a forward without backward must leave no whole weights
+            fully_shard(module, mp_policy=mixed, reshard_after_forward=True)
     return model.to_empty(device=device)
 # --- end shared: llama ---
 
@@ -1237,14 +1237,18 @@ def main():
     how = dict(device=device, kernel=args.kernel, precision=args.precision, shard=args.shard, compile_layers=args.compile,
                checkpoint_activations=args.checkpoint_activations)
     policy, begin_dir = None, resumed or model_dir
-    caches = [(out / "ref_logps.safetensors", pairs, index), (out / "ref_logps_eval.safetensors", eval_pairs, eval_index)]
+    reached = sorted(epoch_order(len(pairs), args.seed, 0)[: total * args.batch_size])  # --max_steps may end before the rest
+    caches = [(out / "ref_logps.safetensors", [pairs[i] for i in reached], index[reached]),
+              (out / "ref_logps_eval.safetensors", eval_pairs, eval_index)]
     fingerprint = on_rank_0(lambda: f"{weights_sha256(ref_dir)[:16]}-{data_print[:16]}-{args.precision}")
     for path, of_pairs, of_index in caches:
         if of_pairs and not on_rank_0(path.exists):
             policy = policy or load_weights(build_llama(read_config(ref_dir), **how), ref_dir)
             logps = all_logps(policy, of_pairs, args, rank, world, device, "reference log-probs")
             on_rank_0(lambda: write_ref_logps(path, logps, of_index, fingerprint))
-    ref_logps, eval_ref_logps = (read_ref_logps(path, fingerprint) if of_pairs else None for path, of_pairs, _ in caches)
+    ref_logps = torch.full((len(pairs), 2), math.nan)
+    ref_logps[reached] = read_ref_logps(caches[0][0], fingerprint)
+    eval_ref_logps = read_ref_logps(caches[1][0], fingerprint) if eval_pairs else None
 
     # Policy and optimizer
     if policy is None or begin_dir != ref_dir:
@@ -1306,13 +1310,7 @@ def main():
     bar.close()
     save_checkpoint(out / "final", policy, tokenizer, model_dir)
     if rank == 0:
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
-        tenth = max(1, len(lines) // 10)
-        mean = lambda name, part: sum(line[name] or 0.0 for line in part) / len(part)
-        held_out = [f", held-out accuracy {line['eval_rewards/accuracies']:.3f}" for line in lines if "eval_loss" in line]
-        say(f"done: {total} steps in {time.perf_counter() - began:.0f} s; loss {mean('loss', lines[:tenth]):.4f} ->"
-            f" {mean('loss', lines[-tenth:]):.4f}, mean weight {mean('weights/mean', lines[-tenth:]):.3f}"
-            f"{held_out[-1] if held_out else ''}; policy in {out}/final")
+        say(f"done: {total} steps in {time.perf_counter() - began:.0f} s; {summary(out / 'metrics.jsonl')}; policy in {out}/final")
 
 
 def step_line(step, total, m, applied):
@@ -1323,6 +1321,16 @@ def step_line(step, total, m, applied):
     if "eval_loss" in m:
         line += f" || held out: loss {m['eval_loss']:.4f} acc {m['eval_rewards/accuracies']:.3f}"
     return line if applied else line + " | NOT FINITE: skipped"
+
+
+def summary(path):
+    """The run in one line: means over the first and the last tenth of its steps."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    tenth = max(1, len(lines) // 10)
+    mean = lambda name, part: sum(line[name] or 0.0 for line in part) / len(part)
+    text = (f"loss {mean('loss', lines[:tenth]):.4f} -> {mean('loss', lines[-tenth:]):.4f}, accuracy"
+            f" {mean('rewards/accuracies', lines[-tenth:]):.3f}, mean weight {mean('weights/mean', lines[-tenth:]):.3f}")
+    return text + (f", held-out accuracy {lines[-1]['eval_rewards/accuracies']:.3f}" if "eval_loss" in lines[-1] else "")
 
 
 if __name__ == "__main__":

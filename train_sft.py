@@ -178,8 +178,8 @@ PRESETS = {
 }
 # Hub datasets that a name stands for: id, train split, held-out split, and how a row becomes one that split_demonstration takes.
 RECIPES = {
-    "tldr": ("trl-lib/tldr", "train", "validation", lambda row: row),  # {prompt, completion}
-    "hh": ("Anthropic/hh-rlhf", "train", "test", lambda row: row),  # {chosen, rejected}: the chosen response
+    "tldr": ("trl-lib/tldr", "train", "validation[:1024]", lambda row: row),  # {prompt, completion}
+    "hh": ("Anthropic/hh-rlhf", "train", "test[:1024]", lambda row: row),  # {chosen, rejected}: the chosen response
 }
 
 
@@ -780,7 +780,7 @@ class Llama(nn.Module):
         flattened (B, T) positions that predict targets (N,); sequence s is cu_seqlens[s] : cu_seqlens[s + 1] (S + 1,)."""
         hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return linear_sequence_logps(hidden, head.weight.to(hidden.dtype), targets, cu_seqlens, kernel=self.kernel)
+        return linear_sequence_logps(hidden, head.weight, targets, cu_seqlens, kernel=self.kernel)
 
 
 def build_llama(config, device, kernel, precision, shard, compile_layers, checkpoint_activations):
@@ -794,8 +794,8 @@ def build_llama(config, device, kernel, precision, shard, compile_layers, checkp
             layer.compile(dynamic=True)
     if shard:  # bf16 products; float32 gradients and their sums
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module in (*model.model.layers, model):
-            fully_shard(module, mp_policy=mixed)
+        for module in (*model.model.layers, model):  # also the root: a forward without backward must leave no whole weights
+            fully_shard(module, mp_policy=mixed, reshard_after_forward=True)
     return model.to_empty(device=device)
 # --- end shared: llama ---
 

@@ -115,9 +115,9 @@ if triton is not None:
 
 
 def _config(name, x):
-    """(BLOCK, num_warps) of a kernel that reads rows of x: no wider than a row; in the interpreter as wide as can be."""
+    """(BLOCK, num_warps) of a kernel that reads rows of x, no wider than a row. The interpreter likes it wide."""
     block, num_warps = CONFIGS[name][x.element_size()]
-    return min(65536 if INTERPRET else block, triton.next_power_of_2(x.shape[-1])), num_warps
+    return min(65536 if INTERPRET else block, triton.next_power_of_2(max(1, x.shape[-1]))), num_warps
 
 
 # --- The three steps, by Triton or by torch ---------------------------------------------------------------------------
@@ -183,8 +183,9 @@ def sequence_sums(token_logps, cu_seqlens, use_triton):
     bad = (cu_seqlens < 0) | (cu_seqlens > N)                           # (S+1,)
     bad[0] |= cu_seqlens[0] != 0
     bad[-1] |= cu_seqlens[-1] != N
-    # In float64: segment_reduce adds rows one after the other, and N numbers cost nothing.
-    sums = torch.segment_reduce(token_logps.double(), "sum", offsets=cu_seqlens.clamp(0, N), unsafe=True)
+    # In float64: segment_reduce adds rows one after the other, and N numbers cost nothing. It must see rising offsets.
+    offsets = cu_seqlens.clamp(0, N).cummax(0).values
+    sums = torch.segment_reduce(token_logps.double(), "sum", offsets=offsets, unsafe=True)
     return sums.masked_fill(bad[1:] | bad[:-1] | (cu_seqlens.diff() < 0), float("nan")).to(token_logps.dtype)
 
 
@@ -328,8 +329,8 @@ class _LinearSequenceLogps(torch.autograd.Function):
         stats = _start_stats(hidden)
         dtype, _ = _product_dtypes(hidden)
         h = hidden.to(dtype)
-        # Kept logits are fp32, never bf16: near 20 those are 0.06 apart, percents of a probability, and the target's
-        # 1 - p suffers most. Where fp32 does not fit save_bytes, computing them again costs 2 N D V and loses nothing.
+        # Kept logits are fp32, never bf16: near 20 that rounds by up to 0.06, percents of a probability, and worst for
+        # the target's 1 - p. Where fp32 does not fit save_bytes, computing them again costs 2 N D V and loses nothing.
         kept, buffer = [], torch.empty(N * V if keep else height * width, device=h.device, dtype=stats[0].dtype)
         for columns in _slices(V, width):           # the vocabulary outermost: one slice of weight at a time
             w = weight[columns].to(dtype)                                                       # (v, D)
@@ -349,7 +350,7 @@ class _LinearSequenceLogps(torch.autograd.Function):
     def backward(ctx, d_logps, d_token_logps):
         hidden, weight, targets, cu_seqlens, row_max, log_sum = ctx.saved_tensors
         need_dh, need_dw = ctx.needs_input_grad[:2]
-        N, D, V, (height, width) = *hidden.shape, weight.shape[0], ctx.tile
+        (N, D), V, (height, width) = hidden.shape, weight.shape[0], ctx.tile
         kept, ctx.kept = ctx.kept, []               # used up here: a second backward computes the logits again
         g = _row_gradients(d_logps, d_token_logps, targets, cu_seqlens)[:, None]                # (N, 1)
         forward_dtype, dtype = _product_dtypes(hidden)
@@ -385,10 +386,10 @@ class _LinearSequenceLogps(torch.autograd.Function):
 def linear_sequence_logps(hidden, weight, targets, cu_seqlens, *, save_bytes=None, kernel="auto"):
     """What sequence_logps(hidden @ weight.T, targets, cu_seqlens) gives, without holding the (N, V) logits.
 
-    hidden (N, D) float32, bfloat16, float16 or float64; weight (V, D) of the same dtype, or float32 master weights for a
-    16-bit hidden: slices of them are cast for the products, and their gradient comes in float32, not rounded to 16 bits.
+    hidden (N, D) float32, bfloat16, float16 or float64; weight (V, D) of the same dtype, or float32 master weights for
+    a 16-bit hidden: on a GPU slices of them are cast to it for the products; their gradient comes in float32.
     save_bytes: keep the logits for backward if they fit, at 4 N V bytes (float64: 8), instead of computing them twice.
-    0 = never, None = SAVE_BYTES for the device. It changes time and memory, and not one bit of the log-probs.
+    0 = never, None = SAVE_BYTES (GPU 2 GiB, CPU 64 MiB). It changes time and memory, and not one bit of the log-probs.
     targets, cu_seqlens, kernel, results and errors: as in sequence_logps. Under torch.autocast hidden is cast first, as
     for torch.nn.Linear. Backward leaves its inputs alone, may run twice, and skips what needs no gradient (a frozen
     head costs 2 N D V less). Equations: top of this file.
@@ -396,8 +397,8 @@ def linear_sequence_logps(hidden, weight, targets, cu_seqlens, *, save_bytes=Non
     _, D = _check_matrix(hidden, "hidden", "(N, D)")
     V, weight_D = _check_matrix(weight, "weight", "(V, D)")
     if weight_D != D or V == 0 or weight.device != hidden.device:
-        raise ValueError(f"weight {tuple(weight.shape)} on {weight.device} does not fit hidden {tuple(hidden.shape)} on "
-                         f"{hidden.device}: it must be (V, {D}), as in torch.nn.Linear({D}, V).weight, there too")
+        raise ValueError(f"weight {tuple(weight.shape)} on {weight.device} does not fit hidden {tuple(hidden.shape)} "
+                         f"on {hidden.device}: give (V, {D}), as torch.nn.Linear({D}, V).weight is, on that device")
     targets, cu_seqlens = _check_rows(hidden, "hidden", targets, cu_seqlens, V)
     if save_bytes is None:
         save_bytes = _by_device(SAVE_BYTES, hidden)
@@ -436,8 +437,8 @@ def _check_rows(x, name, targets, cu_seqlens, V):
         raise ValueError(f"targets is {targets.dtype} {tuple(targets.shape)} but must be int64 ({N},), one id for each "
                          f"row of {name}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} but must be int32 or int64 (S+1,): "
-                         "0, then the cumulative sum of the lengths")
+        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} but must be int32 or int64 "
+                         "(S+1,): 0, then the cumulative sum of the lengths")
     for other, value in (("targets", targets), ("cu_seqlens", cu_seqlens)):
         if value.device != x.device:
             raise ValueError(f"{other} is on {value.device} but {name} on {x.device}: pass {other}.to({name}.device)")

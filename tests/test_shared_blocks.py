@@ -1,0 +1,123 @@
+"""Blocks that scripts share stand byte-identical between their fences.
+
+    python -m pytest tests/test_shared_blocks.py             # check
+    python tests/test_shared_blocks.py --fix train_pref.py   # copy train_pref.py's blocks to the scripts its fences name
+"""
+
+import argparse
+import ast
+import difflib
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^# --- shared: (?P<name>\w+) \((?P<scripts>[\w, ]+)\) ---\n.*?^# --- end shared: (?P=name) ---\n", re.S | re.M)
+# What each script says for itself: its entry point, its flags and what their values stand for.
+OWN = {"main", "parse_args", "PAPER", "PRESETS", "RECIPES"}
+
+
+def scripts(root=ROOT):
+    return {path.stem: path.read_text() for path in sorted(root.glob("*.py"))}
+
+
+def blocks(text):
+    """{block name: (scripts that its fence names, whole text)}"""
+    return {m["name"]: (m["scripts"].split(", "), m[0]) for m in BLOCK.finditer(text)}
+
+
+def top_level(text):
+    """{name: source} of the functions, classes and constants outside the fences."""
+    text = BLOCK.sub("", text)
+    found = {}
+    for node in ast.parse(text).body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        found |= {name: "\n".join(text.splitlines()[start - 1 : node.end_lineno]) for name in names}
+    return found
+
+
+def problems(texts):
+    """What is wrong, as texts with unified diffs; [] if nothing is."""
+    found, first = [], {}
+    for script, text in texts.items():
+        fences = len(re.findall(r"^# --- (end )?shared: ", text, re.M))
+        if fences != 2 * len(blocks(text)) or len(BLOCK.findall(text)) != len(blocks(text)):
+            found.append(f"{script}.py: a fence has no partner, or a block stands twice")
+        for name, (members, block) in blocks(text).items():
+            if script not in members:
+                found.append(f"{script}.py holds the block {name}, but its fence names {members}")
+            other = first.setdefault(name, (script, members, block))
+            if block != other[2]:
+                diff = difflib.unified_diff(other[2].splitlines(), block.splitlines(), f"{other[0]}.py", f"{script}.py", lineterm="")
+                found.append(f"block {name} differs:\n" + "\n".join(diff))
+    for name, (script, members, _) in first.items():
+        for member in members:
+            if name not in blocks(texts.get(member, "")):
+                found.append(f"block {name} of {script}.py is missing in {member}.py, which its fence names")
+    tops = {script: top_level(text) for script, text in texts.items()}
+    for a in tops:
+        for b in tops:
+            for name in sorted((tops[a].keys() & tops[b].keys()) - OWN):
+                if a < b and tops[a][name] != tops[b][name]:
+                    found.append(f"{a}.py and {b}.py both define {name}, differently: make it the same or rename one")
+    return found
+
+
+def test_shared_blocks():
+    texts = scripts()
+    assert len(texts) >= 2 and all(blocks(text) for text in texts.values())
+    assert not (found := problems(texts)), "\n\n".join(found)
+
+
+def test_a_difference_is_seen():
+    texts = scripts()
+    name = next(iter(texts))
+    block = next(iter(blocks(texts[name]).values()))[1]
+    line = block.splitlines()[2]
+    changed = {**texts, name: texts[name].replace(block, block.replace(line, line + "  # changed", 1))}
+    assert any("differs" in p and "+" in p for p in problems(changed))
+    assert any("missing" in p for p in problems({**texts, name: texts[name].replace(block, "")}))
+    renamed = re.sub(r"\(train_\w+(, \w+)*\) ---", "(nobody) ---", texts[name], count=1)
+    assert any("its fence names" in p for p in problems({**texts, name: renamed}))
+    assert any("no partner" in p for p in problems({**texts, name: texts[name].replace("# --- end shared: " + "run", "#", 1)}))
+    assert any("both define" in p for p in problems({n: t + f"\nLIMIT = {n!r}\n" for n, t in texts.items()}))
+
+
+def test_scripts_import_no_script():
+    for script, text in scripts().items():
+        for node in ast.walk(ast.parse(text)):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {m.split(".")[0] for m in modules} & set(scripts()), f"{script}.py imports a script"
+
+
+def fix(source, root=ROOT):
+    """Copy the blocks of one script over those of the same name in the others. -> the scripts that changed."""
+    good, changed = blocks((root / source).read_text()), []
+    for script, text in scripts(root).items():
+        new = BLOCK.sub(lambda m: good[m["name"]][1] if m["name"] in good else m[0], text)
+        if new != text:
+            (root / f"{script}.py").write_text(new)
+            changed.append(script)
+    return changed
+
+
+def test_fix(tmp_path):
+    texts = scripts()
+    for script, text in texts.items():
+        (tmp_path / f"{script}.py").write_text(text)
+    a, b = list(texts)[:2]
+    shared = next(name for name, (members, _) in blocks(texts[a]).items() if b in members)
+    old = blocks(texts[a])[shared][1]
+    (tmp_path / f"{a}.py").write_text(texts[a].replace(old, old.replace("\n", "\n# a new line\n", 1)))
+    assert problems(scripts(tmp_path))
+    assert b in fix(f"{a}.py", tmp_path)
+    assert not problems(scripts(tmp_path))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Copy one script's shared blocks to the others.")
+    parser.add_argument("--fix", required=True, metavar="SCRIPT", help="the script whose blocks are right")
+    print("changed:", ", ".join(fix(parser.parse_args().fix)) or "nothing")

@@ -1,0 +1,374 @@
+"""Tokenization: Llama 3's ids against Meta's own tokenizer, AutoTokenizer's ids, BOS and EOS, cuts, chat templates."""
+
+import base64
+import copy
+import gzip
+import json
+from array import array
+
+import pytest
+from conftest import byte_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from train_pref import Report, SkipRow, UserError, cut_prompt, cut_response, encode, load_tokenizer, render_chat
+
+# Text and its ids in Llama 3's vocabulary. Non-ASCII is escaped, so that no editor can normalize it.
+LLAMA3_IDS = [
+    ('',
+     []),
+    ('Hello, world!',
+     [9906, 11, 1917, 0]),
+    ('na\xefve caf\xe9',
+     [3458, 38672, 588, 53050]),
+    ('cafe\u0301 A\u030a\u0323',
+     [936, 1897, 54939, 362, 136, 232, 105001]),
+    ('\U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7',
+     [76460, 222, 62904, 102, 102470, 9468, 239, 102, 102470, 9468, 239, 100, 11410, 229, 104, 9468, 229, 115]),
+    ('1 12 123 1234 12345 123456 1234567',
+     [16, 220, 717, 220, 4513, 220, 4513, 19, 220, 4513, 1774, 220, 4513, 10961, 220, 4513, 10961, 22]),
+    ('3.14159 x\xb2 \u0664\u0662',
+     [18, 13, 9335, 2946, 865, 30556, 220, 124079, 110546]),
+    ('a  b   c    d',
+     [64, 220, 293, 256, 272, 262, 294]),
+    ('  leading and trailing   ',
+     [220, 6522, 323, 28848, 262]),
+    ('one\ntwo\n\n\nthree\r\n  four \n',
+     [606, 198, 20375, 1432, 28956, 319, 220, 3116, 720]),
+    ('\tif x:\n\t\treturn\t0',
+     [748, 865, 512, 197, 862, 197, 15]),
+    ("I'm can't WE'LL it's they'd you've 'tis",
+     [40, 2846, 649, 956, 20255, 6, 4178, 433, 596, 814, 4265, 499, 3077, 364, 83, 285]),
+    ('aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa',
+     [70540, 70540, 70540, 70540, 70540, 70540, 5418]),
+    ('\u6211\u559c\u6b22\u673a\u5668\u5b66\u4e60\u3002',
+     [37046, 114765, 33748, 32648, 111478, 1811]),
+    ('\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645',
+     [101244, 30925, 103645, 100700, 24102, 101952]),
+    ('\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u0e0a\u0e32\u0e27\u0e42\u0e25\u0e01',
+     [106123, 119657, 111289, 100707, 107972]),
+    ('\xa0\u2003\u3000x\u200b\u2028y\x85z\x00\x1b',
+     [4194, 116503, 23249, 87, 16067, 378, 101, 88, 116360, 89, 188, 215]),
+    ('def f(x):\n    return {k: v**2 for k, v in x.items()}  # \u2190 squares\n',
+     [755, 282, 2120, 997, 262, 471, 314, 74, 25, 348, 334, 17, 369, 597, 11, 348, 304, 865, 9812, 22533, 220, 674, 48564, 32440, 198]),
+    ('$$$ ... !!!??? -->',
+     [75673, 2564, 33970, 34115, 3929]),
+    ('<|not_special|> <|begin_of_text',
+     [27, 91, 1962, 42729, 91, 29, 83739, 7413, 3659, 4424]),
+]
+SPECIAL_TEXT = "Hi <|eot_id|>\n<|begin_of_text|>"
+SPECIAL_PARSED = [13347, 220, 128009, 198, 128000]
+SPECIAL_PLAIN = [13347, 83739, 68, 354, 851, 91, 397, 27, 91, 7413, 3659, 4424, 91, 29]
+
+
+# ---------------------------------------------------------------------------------------------------------------- Llama 3
+@pytest.fixture(scope="module")
+def meta():
+    """Meta's own tokenizer, with its tokenizer.model."""
+    module = pytest.importorskip("llama_models.llama3.tokenizer", reason="package llama-models is not installed")
+    return module.Tokenizer.get_instance()
+
+
+@pytest.fixture(scope="module")
+def llama3(meta, tmp_path_factory):
+    """load_tokenizer of a directory that holds tokenizer.model and nothing else."""
+    from llama_models.llama3 import tokenizer as module
+
+    directory = tmp_path_factory.mktemp("llama3")
+    (directory / "tokenizer.model").symlink_to(module.__file__.replace("tokenizer.py", "tokenizer.model"))
+    return load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(("text", "ids"), LLAMA3_IDS, ids=[ascii(text)[1:-1][:20] or "empty" for text, _ in LLAMA3_IDS])
+def test_llama3_ids(text, ids, llama3, meta):
+    assert meta.encode(text, bos=False, eos=False) == ids
+    assert encode(llama3, [text], 128256)[0].tolist() == ids
+    assert llama3.decode(ids) == text  # and back, spaces before punctuation included
+
+
+def test_llama3_special_tokens(llama3, meta):
+    assert len(llama3) == meta.n_words == 128256
+    assert (llama3.bos_token_id, llama3.eos_token_id) == (meta.bos_id, meta.eos_id) == (128000, 128001)
+    assert len(meta.special_tokens) == 256
+    for name, number in meta.special_tokens.items():
+        assert encode(llama3, [name, f"a{name}b"], 128256) == [array("i", [number]), array("i", [64, number, 65])]
+        assert llama3.decode([number], skip_special_tokens=True) == ""
+
+
+def test_llama3_special_text(llama3, meta):
+    """As everywhere in transformers the text of a special token is that token, unless split_special_tokens is set."""
+    assert meta.encode(SPECIAL_TEXT, bos=False, eos=False, allowed_special="all") == SPECIAL_PARSED
+    assert encode(llama3, [SPECIAL_TEXT], 128256)[0].tolist() == SPECIAL_PARSED
+    assert meta.encode(SPECIAL_TEXT, bos=False, eos=False) == SPECIAL_PLAIN
+    assert llama3(SPECIAL_TEXT, add_special_tokens=False, split_special_tokens=True).input_ids == SPECIAL_PLAIN
+
+
+def posts(shared, n):
+    path = shared / "data" / "tldr_pref.jsonl.gz"
+    if not path.exists():
+        pytest.skip("no tldr_pref.jsonl.gz")
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        return [text for _, line in zip(range(n), file) for text in json.loads(line).values()]
+
+
+def test_llama3_corpus(llama3, meta, shared):
+    texts = posts(shared, 100)
+    assert sum(map(len, texts)) > 100_000
+    for text, ids in zip(texts, encode(llama3, texts, 128256), strict=True):
+        assert ids.tolist() == meta.encode(text, bos=False, eos=False)
+
+
+def test_llama3_save_and_reload(llama3, tmp_path):
+    llama3.save_pretrained(tmp_path)
+    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+        assert (again.bos_token_id, again.eos_token_id, len(again)) == (128000, 128001, 128256)
+        texts, ids = zip(*LLAMA3_IDS, (SPECIAL_TEXT, SPECIAL_PARSED))
+        assert again(list(texts), add_special_tokens=False).input_ids == list(ids)
+        assert [again.decode(row) for row in ids] == list(texts)
+
+
+# ----------------------------------------------------------------------------------------------------- loading and refusals
+@pytest.mark.parametrize("name", ["stories", "smollm"])
+def test_auto_tokenizer(name, request, shared):
+    directory = request.getfixturevalue(name)
+    tokenizer, auto = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    texts = [text for text, _ in LLAMA3_IDS] + posts(shared, 400)
+    assert len(texts) > 1000  # encode works through a thousand at a time
+    found = encode(tokenizer, texts, 49152)
+    assert [ids.tolist() for ids in found] == [auto(text, add_special_tokens=False).input_ids for text in texts]
+
+
+def test_encode_adds_nothing(tmp_path):
+    """Some tokenizers write BOS, or were saved with truncation or padding switched on: encode gives the bare ids."""
+    tokenizer = byte_tokenizer(tmp_path)
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)])
+    backend.enable_truncation(2)
+    backend.enable_padding(pad_id=258, pad_token="<pad>")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("ab").input_ids == [256, 64, 65, 257]
+    assert [ids.tolist() for ids in encode(tokenizer, ["abcde", "", "b"], 259)] == [[64, 65, 66, 67, 68], [], [65]]
+    assert encode(tokenizer, [], 259) == []
+
+
+def test_ids_outside_the_vocabulary(tmp_path):
+    tokenizer = byte_tokenizer(tmp_path)  # EOS is 257
+    encode(tokenizer, ["abc"], 258)
+    with pytest.raises(UserError, match="257.*vocabulary of 257"):
+        encode(tokenizer, ["abc"], 257)
+    tokenizer = byte_tokenizer(tmp_path, eos_token="a", bos_token=None)  # EOS is 64
+    encode(tokenizer, ["abc", "b"], 67)
+    with pytest.raises(UserError, match="66.*vocabulary of 66"):
+        encode(tokenizer, ["b", "abc"], 66)
+
+
+@pytest.mark.xfail(strict=True, reason="encode does not look at the BOS id")
+def test_bos_outside_the_vocabulary(tmp_path):
+    tokenizer = byte_tokenizer(tmp_path, eos_token="a")  # BOS is 256
+    with pytest.raises(UserError, match="256.*vocabulary of 256"):
+        encode(tokenizer, ["abc"], 256)
+
+
+def test_refused_tokenizers(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    byte_tokenizer(tmp_path / "no_eos", eos_token=None)
+    with pytest.raises(UserError, match="no_eos.*no EOS"):
+        load_tokenizer(tmp_path / "no_eos")
+    cut = byte_tokenizer(tmp_path / "cut") and tmp_path / "cut" / "tokenizer.json"
+    cut.write_text(cut.read_text()[:500])
+    with pytest.raises(UserError, match="cut: no tokenizer"):
+        load_tokenizer(tmp_path / "cut")
+
+
+# The first bytes of a SentencePiece model: Llama 2's tokenizer.model has the same name as Llama 3's.
+SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15\x00\x00\x00\x00\x18\x03"
+
+
+def test_sentencepiece_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE)
+    with pytest.raises(UserError, match="tokenizer.model is not tiktoken's format.*SentencePiece"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason="tiktoken's cache is on")
+def test_tokenizer_model_is_read_each_time(tmp_path):
+    """tiktoken keeps copies of what it read in the system's temporary directory, by path: another file in the same place, or
+    the same relative path in another project, would be taken for it."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(SENTENCEPIECE)
+    with pytest.raises(UserError, match="tiktoken"):
+        load_tokenizer(tmp_path)
+    path.write_bytes(b"".join(base64.b64encode(bytes([k])) + b" %d\n" % k for k in range(256)))
+    assert encode(load_tokenizer(tmp_path), ["ab<|end_of_text|>"], 512)[0].tolist() == [97, 98, 257]
+
+
+# ---------------------------------------------------------------------------------------------------------- BOS, EOS, cuts
+BOS, EOS = 256, 257
+
+
+@pytest.fixture(scope="module")
+def byte(tmp_path_factory):
+    """The byte tokenizer: <s> 256, </s> 257."""
+    directory = tmp_path_factory.mktemp("byte")
+    byte_tokenizer(directory)
+    return load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def no_bos(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("no_bos")
+    byte_tokenizer(directory, bos_token=None, eos_token="</s>")
+    return load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(("ids", "limit", "truncation", "expected", "cuts"), [
+    ([1, 2, 3], 4, "keep_end", [BOS, 1, 2, 3], 0),  # fits exactly
+    ([BOS, 1, 2, 3], 4, "keep_end", [BOS, 1, 2, 3], 0),  # the template wrote BOS: still one
+    ([BOS, 1, 2, 3], 4, "drop", [BOS, 1, 2, 3], 0),
+    ([BOS, BOS, 1], 4, "keep_end", [BOS, BOS, 1], 0),  # a second one belongs to the text
+    ([1, 2, 3, 4], 4, "keep_end", [BOS, 2, 3, 4], 1),  # BOS is kept, whatever is cut
+    ([BOS, 1, 2, 3, 4], 4, "keep_end", [BOS, 2, 3, 4], 1),
+    ([1, 2, 3, 4], 4, "keep_start", [BOS, 1, 2, 3], 1),
+    ([1, 2, 3], 1, "keep_end", [BOS], 1),
+    ([1, 2, 3], 1, "keep_start", [BOS], 1),
+    ([], 4, "keep_end", [BOS], 0),  # an empty prompt: BOS predicts the response
+])
+def test_cut_prompt(ids, limit, truncation, expected, cuts, byte):
+    report = Report("data")
+    assert cut_prompt(array("i", ids), byte, limit, truncation, report).tolist() == expected
+    assert report.cuts.get("prompt", (0,))[0] == cuts
+
+
+def test_cut_prompt_refusals(byte, no_bos):
+    with pytest.raises(SkipRow, match="prompt too long"):
+        cut_prompt(array("i", [1, 2, 3, 4]), byte, 4, "drop", Report("data"))
+    with pytest.raises(SkipRow, match="empty prompt"):  # nothing could predict the first token
+        cut_prompt(array("i"), no_bos, 4, "keep_end", Report("data"))
+    assert cut_prompt(array("i", [1, 2, 3]), no_bos, 2, "keep_end", Report("data")).tolist() == [2, 3]
+    assert cut_prompt(array("i", [1, 2, 3]), no_bos, 2, "keep_start", Report("data")).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("ids", "room", "expected", "cuts"), [
+    ([1, 2, 3], 4, [1, 2, 3, EOS], 0),
+    ([1, 2, 3], 9, [1, 2, 3, EOS], 0),
+    ([1, 2, 3, EOS], 4, [1, 2, 3, EOS], 0),  # not doubled
+    ([1, EOS, 3], 4, [1, EOS, 3, EOS], 0),  # one inside is not the end
+    ([1, 2, 3], 3, [1, 2, 3], 1),  # EOS would not fit: the response lost its end
+    ([1, 2, 3, EOS], 3, [1, 2, 3], 1),
+    ([1, 2, 3], 1, [1], 1),
+])
+def test_cut_response(ids, room, expected, cuts, byte):
+    report, before = Report("data"), list(ids)
+    given = array("i", ids)
+    assert cut_response(given, byte, room, report).tolist() == expected
+    assert report.cuts.get("response", (0,))[0] == cuts and given.tolist() == before
+
+
+@pytest.mark.parametrize(("ids", "room", "kind"), [([1], 0, "no room"), ([1], -3, "no room"), ([], 5, "empty response"),
+                                                   ([EOS], 5, "empty response")])
+def test_cut_response_refusals(ids, room, kind, byte):
+    with pytest.raises(SkipRow, match=kind):
+        cut_response(array("i", ids), byte, room, Report("data"))
+
+
+# ------------------------------------------------------------------------------------------------------------ chat templates
+def said(*turns):
+    """"u:Hi" -> a message of the user; s: system, a: assistant."""
+    role = {"s": "system", "u": "user", "a": "assistant"}
+    return [dict(role=role[turn[0]], content=turn[2:]) for turn in turns]
+
+
+CHATS = [  # prompt, response
+    (said("u:What is 2 + 2?"), said("a:It is 4.")),
+    (said("s:Be brief.", "u:Hi", "a:Hello!", "u:Who\nare you?"), said("a:A model.\n\nOf language.")),
+    (said("u:Count"), said("a:One", "u:And then?", "a:Two")),  # several turns to learn from
+]
+LLAMA3_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+
+
+def assert_chat_is_whole(tokenizer, vocab_size, end_of_turn):
+    """BOS and prompt, then response and EOS, are the template's own rendering of the whole, up to the end of the last turn."""
+    for prompt, response in CHATS:
+        texts = render_chat(tokenizer, prompt, response)
+        prompt_ids, response_ids = encode(tokenizer, texts, vocab_size)
+        report = Report("data")
+        row = cut_prompt(prompt_ids, tokenizer, 10**6, "drop", report) + cut_response(response_ids, tokenizer, 10**6, report)
+        text = tokenizer.apply_chat_template(prompt + response, tokenize=False)
+        whole = tokenizer(text, add_special_tokens=False).input_ids
+        end = len(whole) - whole[::-1].index(end_of_turn)
+        assert row.tolist() == whole[:end]
+        assert row.count(tokenizer.bos_token_id) == whole.count(tokenizer.bos_token_id)
+        asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        assert prompt_ids.tolist() == tokenizer(asked, add_special_tokens=False).input_ids  # what a server will send
+
+
+def test_chat_smollm2(smollm):
+    tokenizer = load_tokenizer(smollm)  # ends a turn with "<|im_end|>\n", begins with BOS = <|im_start|>
+    assert_chat_is_whole(tokenizer, 49152, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+
+def test_chat_llama3(llama3):
+    tokenizer = copy.deepcopy(llama3)
+    tokenizer.chat_template, tokenizer.eos_token = LLAMA3_TEMPLATE, "<|eot_id|>"  # as Llama-3-Instruct sets them
+    assert_chat_is_whole(tokenizer, 128256, 128009)
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """The byte tokenizer with a template."""
+
+    def with_template(template):
+        byte_tokenizer(tmp_path)
+        tokenizer = load_tokenizer(tmp_path)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return with_template
+
+
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}" \
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+def test_chat_text(chat):
+    tokenizer = chat(PLAIN)
+    assert render_chat(tokenizer, said("u:Hi"), said("a:Hello ")) == ("[user]Hi\n[assistant]", "Hello ")
+    assert render_chat(tokenizer, said("u:Hi"), said("a:A", "u:B", "a:C")) == ("[user]Hi\n[assistant]", "A</s>\n[user]B\n[assistant]C")
+
+
+@pytest.mark.parametrize(("prompt", "response", "kind"), [
+    (said("u:Hi"), said("u:Hi"), "prompt mismatch"),
+    ([], said("a:Hi"), "prompt mismatch"),
+    (said("u:Hi"), [], "prompt mismatch"),
+    (said("u:Hi"), said("a: \n"), "empty response"),
+    (said("u:Hi"), [dict(role="assistant", content=None)], "wrong types"),
+    (said("u:Hi"), [dict(role="assistant")], "wrong types"),
+    (said("u:Hi"), ["Hello"], "wrong types"),
+    ([dict(role=1, content="x")], said("a:Hi"), "wrong types"),
+])
+def test_chat_refusals(prompt, response, kind, chat):
+    with pytest.raises(SkipRow, match=kind):
+        render_chat(chat(PLAIN), prompt, response)
+
+
+def test_chat_template_refusals(chat):
+    with pytest.raises(UserError, match="no chat template"):
+        render_chat(chat(None), said("u:Hi"), said("a:Hello"))
+    thinking = PLAIN.replace("[assistant]{% endif %}", "[assistant]<think>{% endif %}")  # only before an answer
+    with pytest.raises(SkipRow, match="does not continue"):
+        render_chat(chat(thinking), said("u:Hi"), said("a:Hello"))
+
+
+@pytest.mark.xfail(strict=True, reason="jinja2.TemplateError is not caught")
+def test_chat_template_that_raises(chat):
+    """Many templates refuse turns that do not alternate; one such row is no reason to stop."""
+    tokenizer = chat("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(SkipRow, match="chat template"):
+        render_chat(tokenizer, said("u:Hi"), said("a:Hello"))

@@ -1,0 +1,247 @@
+"""The toy task: its grammar, its truth, its tokenizer, and that toy/ holds what toy/make.py makes.
+
+Run by `python -m pytest tests/test_toy.py`, about 40 s on one core: the two --check runs make the whole of toy/ again.
+"""
+
+import gzip
+import importlib.util
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+TOY = REPO / "toy"
+FILES = ["sft.jsonl.gz", "sft_eval.jsonl.gz", "pairs.jsonl.gz", "pairs_eval.jsonl.gz"]
+POST = "hugo bought tents this morning . leo found cameras after the storm . nobody said a word . tl;dr :"
+
+spec = importlib.util.spec_from_file_location("toy_make", TOY / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+
+
+def rows(name):
+    return [json.loads(line) for line in gzip.decompress((TOY / name).read_bytes()).decode().removesuffix("\n").split("\n")]
+
+
+def run_check(toy):
+    return subprocess.run([sys.executable, str(toy / "make.py"), "--check"], capture_output=True, text=True, cwd=toy.parent)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+# --- the language ---
+
+
+def test_generator_is_deterministic():
+    assert make.make_texts() == make.make_texts()
+    # and the same on every machine and Python: the first post and summary of seed 0, pinned
+    rng = random.Random(0)
+    post, facts = make.make_post(rng)
+    assert post == ("nobody said a word . mona broke clocks . grace painted rings on friday . david lost vases last night . "
+                    "irene fixed kites at the market . tl;dr :")
+    assert make.make_summary(rng, facts) == "mona broke clocks , grace bought rings , irene lost vases and irene fixed kites ."
+
+
+def test_grammar_round_trip():
+    """parse_post gives back exactly the facts that make_post told, in their order; no word of a kind comes twice."""
+    rng = random.Random(123)
+    for _ in range(3000):
+        post, facts = make.make_post(rng)
+        assert make.parse_post(post) == facts
+        assert 2 <= len(facts) <= 4 and all(len(set(kind)) == len(facts) for kind in zip(*facts))
+
+
+@pytest.mark.parametrize("prompt", ["", "hugo bought tents .", "hugo bought . tl;dr :", "hugo bought tents on mars . tl;dr :",
+                                    "tents bought hugo . tl;dr :", POST + " ", "post : " + POST])
+def test_what_is_no_post_is_refused(prompt):
+    with pytest.raises(ValueError, match="toy task"):
+        make.parse_post(prompt)
+
+
+def test_words_of_the_grammar_do_not_overlap():
+    """What makes parsing unambiguous: kinds are disjoint, remarks are no facts, nothing contains a separator."""
+    kinds = [make.PEOPLE, make.VERBS, make.THINGS]
+    assert len(set(sum(kinds, []))) == sum(map(len, kinds))
+    for phrase in make.REMARKS + make.PLACES + make.TIMES:
+        assert not set(phrase.split()) & {".", ",", "and", *make.PEOPLE}
+
+
+def test_writers():
+    """Careful writers tell every fact and nothing else; the careless do what they do about as often as the constants say."""
+    rng = random.Random(7)
+    posts = [make.make_post(rng) for _ in range(20000)]
+    summaries = [(prompt, facts, make.make_summary(rng, facts)) for prompt, facts in posts]
+    perfect = [make.truth(p, s) == round(len(f) - 0.04 * len(s.split()), 2) for p, f, s in summaries]
+    # a careless writer is perfect too if nothing happens: (0.7 * 0.95^3 * 0.9)^n * 0.85 for n = 2, 3, 4 facts
+    flawless = mean([(0.7 * 0.95**3 * 0.9) ** len(facts) * 0.85 for _, facts in posts])
+    assert mean(perfect) == pytest.approx(0.5 + 0.5 * flawless, abs=0.01)
+    remarks = mean([any(remark in s for remark in make.REMARKS) for _, _, s in summaries])
+    nothing_left = mean([0.3 ** len(facts) for _, facts in posts])
+    assert remarks == pytest.approx(0.5 * (0.15 + 0.85 * nothing_left), abs=0.01)
+
+
+# --- the truth ---
+
+
+@pytest.mark.parametrize("response, points", [
+    ("hugo bought tents and leo found cameras .", 2 * 1.0 - 8 * 0.04),  # both facts
+    ("leo found cameras , hugo bought tents", 2 * 1.0 - 7 * 0.04),  # order and full stop do not count
+    ("hugo bought tents .", 1.0 - 4 * 0.04),  # one left out
+    ("hugo bought cameras .", -0.75 - 4 * 0.04),  # wrong
+    ("hugo bought tents this morning .", -0.75 - 6 * 0.04),  # more than the fact is not the fact
+    ("hugo bought tents leo found cameras .", -0.75 - 7 * 0.04),  # no separator: one clause, and wrong
+    ("hugo bought tents and hugo bought tents .", 1.0 - 1.0 - 8 * 0.04),  # a fact again
+    ("hugo bought maps , hugo bought maps and hugo bought maps .", -0.75 - 2 * 1.0 - 12 * 0.04),  # a mistake again
+    ("nobody said a word .", -0.5 - 5 * 0.04),  # chatter, from the post
+    ("it was raining and it was raining .", -0.5 - 1.0 - 8 * 0.04),  # chatter, not from the post, twice
+    ("leo found cameras , nobody said a word , leo found cameras and hugo lost tents .",
+     1.0 - 0.5 - 1.0 - 0.75 - 17 * 0.04),  # everything
+    (". , and .", -4 * 0.04),  # separators alone say nothing
+    ("", 0.0),
+])
+def test_truth(response, points):
+    assert make.truth(POST, response) == pytest.approx(points, abs=1e-9)
+    assert make.truth(POST, response, ended=False) == pytest.approx(points - 1, abs=1e-9)
+
+
+# --- the tokenizer and the model ---
+
+
+@pytest.mark.parametrize("folder", ["base", "sft"])
+def test_tokenizer(folder):
+    """Every text of every file comes back as it was, without <unk>; ids are the places in WORDS; one BOS, no EOS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TOY / folder)
+    assert tokenizer.get_vocab() == {word: i for i, word in enumerate(make.WORDS)}
+    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == tuple(make.SPECIAL)
+    texts = sorted({text for name in FILES for row in rows(name) for text in row.values() if isinstance(text, str)})
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    assert tokenizer.batch_decode(ids) == texts
+    assert not {i for row in ids for i in row} & set(range(len(make.SPECIAL)))
+    assert tokenizer(POST).input_ids == [1] + tokenizer(POST, add_special_tokens=False).input_ids
+    assert tokenizer("of mice").input_ids == [1, 3, 3]
+
+
+def test_config_is_read_by_transformers():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(TOY / "base")
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ == "LlamaForCausalLM" and config.tie_word_embeddings
+    assert config.rope_parameters["rope_theta"] == 100.0 and config.vocab_size == len(make.WORDS)
+    assert sum(p.numel() for p in model.parameters()) == 64 * len(make.WORDS) + 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+
+
+def test_reference_policy_has_learned_the_task():
+    """Fresh posts: its samples score far above the same samples dealt to other posts, and above nothing said at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(TOY / "sft", dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "sft")
+    rng = random.Random(99)
+    prompts = [make.make_post(rng)[0] for _ in range(256)]
+    samples = make.sample(model, tokenizer, prompts, key="test")
+    own = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts, samples)]
+    dealt = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts[1:] + prompts[:1], samples)]
+    assert mean([ended for _, ended in samples]) > 0.99
+    assert mean(own) > 0.5 and mean(own) > mean(dealt) + 2
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(TOY / "sft", dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "sft")
+    prompts = [row["prompt"] for row in rows("pairs_eval.jsonl.gz")[:40]]
+    together = make.sample(model, tokenizer, prompts, key="first")
+    assert together[::-1] == make.sample(model, tokenizer, prompts[::-1], key="first")
+    assert together[:5] == [make.sample(model, tokenizer, [prompt], key="first")[0] for prompt in prompts[:5]]
+    assert together != make.sample(model, tokenizer, prompts, key="second")
+
+
+# --- the files ---
+
+
+def test_sizes_and_fields():
+    assert sum(path.stat().st_size for path in TOY.rglob("*") if "__pycache__" not in path.parts) < 4e6
+    assert [len(rows(name)) for name in FILES] == [19200, 512, 2048, 256]
+    for name in FILES:
+        fields = ["prompt", "completion"] if "sft" in name else ["prompt", "chosen", "rejected", "chosen_truth", "rejected_truth"]
+        assert all(list(row) == fields for row in rows(name))
+
+
+def test_prompts_are_disjoint():
+    prompts = [row["prompt"] for name in FILES for row in rows(name)]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_pairs():
+    """Two different texts with an end, scored right; nothing in them that the format cannot say."""
+    for name in FILES[2:]:
+        for row in rows(name):
+            assert row["chosen"] != row["rejected"] and row["chosen"] and row["rejected"]
+            assert row["chosen_truth"] == make.truth(row["prompt"], row["chosen"])
+            assert row["rejected_truth"] == make.truth(row["prompt"], row["rejected"])
+            assert not set((row["chosen"] + " " + row["rejected"]).split()) & set(make.SPECIAL)
+
+
+@pytest.mark.parametrize("name", FILES[2:])
+def test_label_noise_is_bradley_terry(name):
+    """Pairs of unequal truth: the better is chosen as often as the sigmoids of the differences say, within 3 standard errors."""
+    differences = [row["chosen_truth"] - row["rejected_truth"] for row in rows(name)]
+    differences = [d for d in differences if d != 0]
+    expected = [1 / (1 + math.exp(-abs(d))) for d in differences]
+    error = math.sqrt(sum(p * (1 - p) for p in expected)) / len(expected)
+    assert abs(mean([d > 0 for d in differences]) - mean(expected)) < 3 * error
+    assert 0.05 < 1 - mean(expected) < 0.4  # there is noise to speak of
+
+
+# --- --check ---
+
+
+def test_check_passes_on_what_is_committed():
+    result = run_check(TOY)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in [*FILES, "base/config.json", "base/tokenizer.json", "base/tokenizer_config.json"]:
+        assert f"same toy/{name}:" in result.stdout
+
+
+def damage(path, line, old, new):
+    """Change one byte of the content."""
+    content = gzip.decompress(path.read_bytes()).split(b"\n")
+    assert old in content[line - 1]
+    content[line - 1] = content[line - 1].replace(old, new, 1)
+    path.write_bytes(gzip.compress(b"\n".join(content)))
+
+
+def test_check_names_the_changed_line(tmp_path):
+    toy = tmp_path / "toy"
+    shutil.copytree(TOY, toy, ignore=shutil.ignore_patterns("__pycache__"))
+    # recompressed otherwise, same content: no difference
+    (toy / "sft_eval.jsonl.gz").write_bytes(gzip.compress(gzip.decompress((TOY / "sft_eval.jsonl.gz").read_bytes()), 1))
+    damage(toy / "pairs.jsonl.gz", 1234, b'"chosen"', b'"chosem"')
+    result = run_check(toy)
+    assert result.returncode == 1 and "toy/pairs.jsonl.gz:1234: differs" in result.stderr, result.stdout + result.stderr
+    assert "same toy/sft_eval.jsonl.gz:" in result.stdout
+
+    # the first files fail before any sampling, so these are quick
+    damage(toy / "sft.jsonl.gz", 19200, b".", b",")
+    result = run_check(toy)
+    assert result.returncode == 1 and "toy/sft.jsonl.gz:19200: differs" in result.stderr
+    (toy / "sft.jsonl.gz").write_bytes((TOY / "sft.jsonl.gz").read_bytes()[:-100])
+    result = run_check(toy)
+    assert result.returncode == 1 and "toy/sft.jsonl.gz: cannot be read" in result.stderr
+    (toy / "base" / "config.json").unlink()
+    result = run_check(toy)
+    assert result.returncode == 1 and "toy/base/config.json: cannot be read" in result.stderr
