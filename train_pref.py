@@ -44,6 +44,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -304,6 +305,8 @@ def split_pair(row, tokenizer):
     to the last common "\\n\\nAssistant:", conversations share their first messages."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, list) and isinstance(rejected, list):
+        if chosen == rejected:
+            raise SkipRow("identical responses")
         prompt = row.get("prompt")
         if not isinstance(prompt, list):
             common = 0
@@ -336,6 +339,7 @@ def load_pairs(source, held_out, tokenizer, vocab_size, max_length, max_prompt_l
                 raise SkipRow("empty response")
             if chosen == rejected:
                 raise SkipRow("identical responses")
+            (prompt + chosen + rejected).encode()  # raises on broken Unicode
             kept.append((number, where))
             texts += [prompt, chosen, rejected]
     ids = encode(tokenizer, texts, vocab_size)
@@ -351,7 +355,7 @@ def load_pairs(source, held_out, tokenizer, vocab_size, max_length, max_prompt_l
     return pairs, torch.tensor(index), report.finish(len(pairs), "pairs")
 
 
-def collate(pairs, shared_prompt, device):
+def collate_pairs(pairs, shared_prompt, device):
     """Pairs -> the arguments of Llama.forward; sequences come out as chosen, rejected of each pair in turn.
 
     Shared: one row [prompt | chosen | rejected | pad] a pair; the positions of both responses continue the prompt's, and the
@@ -436,7 +440,7 @@ def all_logps(policy, pairs, args, rank, world, device, desc):
     rounds = deal([pair.n_tokens for pair in pairs], args.micro_batch_size, world)
     for micro in tqdm(rounds, desc=desc, disable=rank > 0 or not sys.stderr.isatty(), leave=False):
         picked = micro[rank] or [0]  # an idle rank computes pair 0, so that sharded collectives match
-        result = policy(**collate([pairs[i] for i in picked], args.shared_prompt, device))[0].view(-1, 2)
+        result = policy(**collate_pairs([pairs[i] for i in picked], args.shared_prompt, device))[0].view(-1, 2)
         if micro[rank]:
             logps[picked] = result
     dist.all_reduce(logps)  # each pair was written by one rank: a sum with zeros is exact
@@ -478,7 +482,7 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
         # DDP sums the ranks' gradients once, with the last micro-batch; FSDP2 each time, as it keeps only its own shard.
         hold = policy.no_sync() if isinstance(policy, DistributedDataParallel) and not last else contextlib.nullcontext()
         with hold:
-            batch = collate([pairs[i] for i in picked], args.shared_prompt, device)
+            batch = collate_pairs([pairs[i] for i in picked], args.shared_prompt, device)
             micro_logps = policy(**batch)[0].view(-1, 2)
             losses, _ = preference_loss(args, *micro_logps.unbind(1), *ref_logps[picked].unbind(1), *lengths[picked].unbind(1))
             loss = losses.sum() * (world / B)  # DDP and FSDP2 average over ranks: the sum over pairs / B remains
@@ -633,6 +637,8 @@ class Report:
             yield
         except SkipRow as skip:
             self.note(self.skipped, str(skip))
+        except UnicodeEncodeError:  # half of a surrogate pair: JSON can hold it, no tokenizer takes it
+            self.note(self.skipped, "broken Unicode")
 
     def cut(self, kind):
         self.note(self.cuts, kind)
@@ -677,10 +683,12 @@ def read_jsonl(path):
                     yield f"{path}:{number}", row if isinstance(row, dict) else {}
     except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: broken after line {number}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a directory, not a file") from None
 
 
 def ids_sha256(rows):
@@ -705,13 +713,16 @@ def load_tokenizer(directory):
     format) the same ids through transformers' converter. Raises UserError if there is none or it has no EOS."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
+    from tokenizers.processors import TemplateProcessing
 
     directory = Path(directory)
     if (directory / "tokenizer.model").exists() and not list(directory.glob("tokenizer*.json")):
         names = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
         converter = TikTokenConverter(str(directory / "tokenizer.model"), LLAMA3_PATTERN, extra_special_tokens=names)
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # its cache goes by path: it would miss that another file stands there now
         try:
             backend = converter.converted()
+            backend.post_processor = TemplateProcessing(single=f"{names[0]} $A", special_tokens=[(names[0], backend.token_to_id(names[0]))])
         except ValueError as error:
             raise UserError(f"{directory}/tokenizer.model is not tiktoken's format ({error}); a SentencePiece model needs its"
                             " tokenizer.json beside it") from None
@@ -733,7 +744,7 @@ def encode(tokenizer, texts, vocab_size):
     for k in range(0, len(texts), 1000):  # arrays: 4 bytes a token, where a list takes 36
         rows = tokenizer(texts[k : k + 1000], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         ids += (array("i", row) for row in rows)
-    largest = max(tokenizer.eos_token_id, *(max(row, default=0) for row in ids), 0)
+    largest = max([tokenizer.eos_token_id, tokenizer.bos_token_id or 0, *(max(row, default=0) for row in ids)])
     if largest >= vocab_size:
         raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs to another"
                         " model")
@@ -782,8 +793,11 @@ def render_chat(tokenizer, prompt, response):
         raise SkipRow("prompt mismatch")
     if not any(message["content"].strip() for message in response):
         raise SkipRow("empty response")
-    prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:  # many demand that user and assistant alternate
+        raise SkipRow("refused by the chat template") from None
     if not text.startswith(prompt_text):
         raise SkipRow("chat template does not continue the prompt")
     text, eos = text[len(prompt_text) :], tokenizer.eos_token
@@ -822,9 +836,10 @@ def read_config(path):
         raise UserError(f"{path}: cannot be read: {error}") from None
     rope = dict(rope_theta=raw.get("rope_theta", 10000.0)) | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
     rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+    raw["partial_rotary_factor"] = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     for key, value, known in (("model_type", raw.get("model_type"), ("llama",)), ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
                               ("rope_type", rope["rope_type"], ("default", "llama3")),
-                              ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+                              ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0), (1.0,)),
                               ("quantization_config", raw.get("quantization_config"), (None,))):
         if value not in known:
             raise UserError(f"{path}: {key} is {value!r}; known: {', '.join(map(repr, known))}")
@@ -835,8 +850,9 @@ def read_config(path):
         raise UserError(f"{path}: {', '.join(missing)} missing")
     heads = raw["num_attention_heads"]
     head_dim, kv_heads = raw.get("head_dim") or raw["hidden_size"] // heads, raw.get("num_key_value_heads") or heads
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(f"{path}: {heads} heads of {head_dim} on {kv_heads} key-value heads: must divide, and head_dim be even")
+    if raw["hidden_size"] % heads or heads % kv_heads or head_dim % 2:
+        raise UserError(f"{path}: hidden_size {raw['hidden_size']}, {heads} heads of head_dim {head_dim}, {kv_heads} key-value heads:"
+                        " heads must divide hidden_size, key-value heads the heads, and head_dim must be even")
     return LlamaConfig(**{k: raw[k] for k in needed}, num_key_value_heads=kv_heads, head_dim=head_dim,
                        rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02), rope=rope,
                        tie_word_embeddings=raw.get("tie_word_embeddings", False),

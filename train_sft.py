@@ -43,6 +43,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -72,12 +73,14 @@ def split_demonstration(row, tokenizer):
         prompt, completion = row["messages"][:-1], row["messages"][-1:]
     else:
         prompt, completion = row.get("prompt"), row.get("completion", row.get("chosen"))
+        if isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
+            prompt, completion = completion[:-1], completion[-1:]
         marker = "\n\nAssistant:"
         if prompt is None and isinstance(completion, str) and marker in completion:
             cut = completion.rfind(marker) + len(marker)
             prompt, completion = completion[:cut], completion[cut:]
         if prompt is None:
-            raise SkipRow("no prompt")
+            raise SkipRow("no prompt" if isinstance(completion, (str, list)) else "wrong types")
     if isinstance(prompt, list) and isinstance(completion, list):
         prompt, completion = render_chat(tokenizer, prompt, completion)
     if not isinstance(completion, str) or not isinstance(prompt, (str, type(None))):
@@ -94,6 +97,7 @@ def load_examples(source, held_out, tokenizer, vocab_size, max_length, max_promp
     for where, row in read_rows(source, held_out, RECIPES):
         with report.row(where):
             prompt, completion = split_demonstration(row, tokenizer)
+            ((prompt or "") + completion).encode()
             kept.append((where, prompt is None))
             texts += [prompt or "", completion]
     ids = encode(tokenizer, texts, vocab_size)
@@ -124,7 +128,7 @@ def pack(lengths, capacity):
     return rows
 
 
-def collate(packed_rows, device):
+def collate_examples(packed_rows, device):
     """Rows of examples -> the arguments of Llama.forward; sequence s is the s-th example. An example's segment is its number in
     the row, from 1, so that it sees itself alone, and its positions start at 0."""
     rows, predict, targets, cu_seqlens = [], [], [], [0]
@@ -155,7 +159,7 @@ def step_loss(model, examples, args, rank, world, device, train):
         last = k == len(rounds) - 1
         hold = isinstance(model, DistributedDataParallel) and not last
         with torch.set_grad_enabled(train), model.no_sync() if hold else contextlib.nullcontext():
-            logps, _ = model(**collate([rows[i] for i in picked], device))
+            logps, _ = model(**collate_examples([rows[i] for i in picked], device))
             nll = -logps.sum() if micro[rank] else 0.0 * logps.sum()
             if train:
                 (nll * (world / n_tokens)).backward()  # DDP and FSDP2 average over ranks: the sum / n_tokens remains
@@ -170,8 +174,8 @@ PAPER = dict(model="meta-llama/Llama-3.2-3B", epochs=1, max_length=640, max_prom
              micro_batch_size=4, lr=1e-6, warmup_steps=100, save_every=500, eval_every=500)  # Appendix C
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/base/config.json", data=f"{HERE}/toy/sft.jsonl.gz", eval_data=f"{HERE}/toy/sft_eval.jsonl.gz",
-                epochs=1, max_length=128, max_prompt_length=96, batch_size=48, micro_batch_size=8, lr=4e-3, warmup_steps=50,
-                save_every=100, eval_every=100),
+                epochs=4, max_length=128, max_prompt_length=96, batch_size=48, micro_batch_size=16, lr=3e-3, warmup_steps=200,
+                save_every=400, eval_every=200),
     "tldr": dict(PAPER, data="tldr", eval_data="tldr"),
     "hh": dict(PAPER, data="hh", eval_data="hh"),
     "tldr+hh": dict(PAPER, data="tldr+hh", eval_data="tldr+hh"),
@@ -450,6 +454,8 @@ class Report:
             yield
         except SkipRow as skip:
             self.note(self.skipped, str(skip))
+        except UnicodeEncodeError:  # half of a surrogate pair: JSON can hold it, no tokenizer takes it
+            self.note(self.skipped, "broken Unicode")
 
     def cut(self, kind):
         self.note(self.cuts, kind)
@@ -494,10 +500,12 @@ def read_jsonl(path):
                     yield f"{path}:{number}", row if isinstance(row, dict) else {}
     except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: broken after line {number}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a directory, not a file") from None
 
 
 def ids_sha256(rows):
@@ -522,13 +530,16 @@ def load_tokenizer(directory):
     format) the same ids through transformers' converter. Raises UserError if there is none or it has no EOS."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
+    from tokenizers.processors import TemplateProcessing
 
     directory = Path(directory)
     if (directory / "tokenizer.model").exists() and not list(directory.glob("tokenizer*.json")):
         names = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
         converter = TikTokenConverter(str(directory / "tokenizer.model"), LLAMA3_PATTERN, extra_special_tokens=names)
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # its cache goes by path: it would miss that another file stands there now
         try:
             backend = converter.converted()
+            backend.post_processor = TemplateProcessing(single=f"{names[0]} $A", special_tokens=[(names[0], backend.token_to_id(names[0]))])
         except ValueError as error:
             raise UserError(f"{directory}/tokenizer.model is not tiktoken's format ({error}); a SentencePiece model needs its"
                             " tokenizer.json beside it") from None
@@ -550,7 +561,7 @@ def encode(tokenizer, texts, vocab_size):
     for k in range(0, len(texts), 1000):  # arrays: 4 bytes a token, where a list takes 36
         rows = tokenizer(texts[k : k + 1000], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         ids += (array("i", row) for row in rows)
-    largest = max(tokenizer.eos_token_id, *(max(row, default=0) for row in ids), 0)
+    largest = max([tokenizer.eos_token_id, tokenizer.bos_token_id or 0, *(max(row, default=0) for row in ids)])
     if largest >= vocab_size:
         raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs to another"
                         " model")
@@ -599,8 +610,11 @@ def render_chat(tokenizer, prompt, response):
         raise SkipRow("prompt mismatch")
     if not any(message["content"].strip() for message in response):
         raise SkipRow("empty response")
-    prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:  # many demand that user and assistant alternate
+        raise SkipRow("refused by the chat template") from None
     if not text.startswith(prompt_text):
         raise SkipRow("chat template does not continue the prompt")
     text, eos = text[len(prompt_text) :], tokenizer.eos_token
@@ -639,9 +653,10 @@ def read_config(path):
         raise UserError(f"{path}: cannot be read: {error}") from None
     rope = dict(rope_theta=raw.get("rope_theta", 10000.0)) | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
     rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+    raw["partial_rotary_factor"] = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     for key, value, known in (("model_type", raw.get("model_type"), ("llama",)), ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
                               ("rope_type", rope["rope_type"], ("default", "llama3")),
-                              ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+                              ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0), (1.0,)),
                               ("quantization_config", raw.get("quantization_config"), (None,))):
         if value not in known:
             raise UserError(f"{path}: {key} is {value!r}; known: {', '.join(map(repr, known))}")
@@ -652,8 +667,9 @@ def read_config(path):
         raise UserError(f"{path}: {', '.join(missing)} missing")
     heads = raw["num_attention_heads"]
     head_dim, kv_heads = raw.get("head_dim") or raw["hidden_size"] // heads, raw.get("num_key_value_heads") or heads
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(f"{path}: {heads} heads of {head_dim} on {kv_heads} key-value heads: must divide, and head_dim be even")
+    if raw["hidden_size"] % heads or heads % kv_heads or head_dim % 2:
+        raise UserError(f"{path}: hidden_size {raw['hidden_size']}, {heads} heads of head_dim {head_dim}, {kv_heads} key-value heads:"
+                        " heads must divide hidden_size, key-value heads the heads, and head_dim must be even")
     return LlamaConfig(**{k: raw[k] for k in needed}, num_key_value_heads=kv_heads, head_dim=head_dim,
                        rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02), rope=rope,
                        tie_word_embeddings=raw.get("tie_word_embeddings", False),

@@ -190,25 +190,28 @@ def exact_norm(self, x):
 
 @torch.no_grad()
 def check_real_model(directory, texts, monkeypatch):
-    tokenizer, model, sdpa, eager = AutoTokenizer.from_pretrained(directory), ours(directory), theirs(directory), theirs(directory, "eager")
+    tokenizer, model, reference = AutoTokenizer.from_pretrained(directory), ours(directory), theirs(directory)
     rows = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
     found = [logits(model, ids) for ids in rows]
-    found_eager = [eager(ids).logits for ids in rows]
     for ids, got in zip(rows, found):
-        torch.testing.assert_close(got, sdpa(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(got, reference(ids).logits, rtol=0, atol=1e-5)
+    reference.set_attn_implementation("eager")
+    found_eager = [reference(ids).logits for ids in rows]
+    reference.set_attn_implementation("sdpa")  # eager takes its softmax in float32, always
     model.double().model.dtype = torch.float64
+    reference.double()
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
-    sdpa.double()
     for ids, got, got_eager in zip(rows, found, found_eager):
         truth = logits(model, ids)
-        torch.testing.assert_close(truth, sdpa(ids).logits, rtol=0, atol=1e-9)
+        torch.testing.assert_close(truth, reference(ids).logits, rtol=0, atol=1e-9)
         assert (got - truth).abs().max() < 2 * (got_eager - truth).abs().max() < 2e-4
 
 
 @torch.no_grad()
 def test_stories260k(stories, monkeypatch):
     check_real_model(stories, SENTENCES, monkeypatch)
-    ids = AutoTokenizer.from_pretrained(stories)("Once upon a time, there was a little girl named Lily.", return_tensors="pt").input_ids
+    text = "Once upon a time, there was a little girl named Lily."
+    ids = AutoTokenizer.from_pretrained(stories)(text, return_tensors="pt").input_ids
     nll = F.cross_entropy(logits(ours(stories), ids)[0, :-1], ids[0, 1:])
     assert nll < 1.0  # it was trained on such sentences; chance is log 512 = 6.2
 
@@ -223,10 +226,11 @@ def test_smollm2_shared_prompt(smollm):
     tokenizer = train_pref.load_tokenizer(smollm)
     eos = array("i", [tokenizer.eos_token_id])
     texts = ["SUBREDDIT: r/dogs\n\nTITLE: My dog ate 2 pounds of chocolate\n\nPOST: What should I do now?\n\nTL;DR:",
-             " Dog ate chocolate, what now?", " I have a dog and it ate a lot of chocolate, so I am asking the people of this place for advice."]
+             " Dog ate chocolate, what now?",
+             " I have a dog and it ate a lot of chocolate, so I am asking the people of this place for advice."]
     prompt, chosen, rejected = (ids + eos for ids in train_pref.encode(tokenizer, texts, 49152))
     pair = Pair(prompt[:-1], chosen, rejected)
-    logps, token_logps = ours(smollm)(**train_pref.collate([pair], True, torch.device("cpu")))
+    logps, token_logps = ours(smollm)(**train_pref.collate_pairs([pair], True, torch.device("cpu")))
     expected = [response_logps(theirs(smollm), pair.prompt, response) for response in (pair.chosen, pair.rejected)]
     torch.testing.assert_close(token_logps, torch.cat(expected), rtol=0, atol=1e-4)
     torch.testing.assert_close(logps, torch.stack([e.sum() for e in expected]), rtol=1e-5, atol=0)
@@ -282,7 +286,7 @@ def reference_run(tiny_llama, tmp_path):
 def test_logps_and_gradients(case, shared_prompt, reference_run):
     directory, expected_tokens, expected_sums, expected_grads = reference_run(case)
     model = ours(directory)
-    logps, token_logps = model(**train_pref.collate(PAIRS, shared_prompt, CPU))
+    logps, token_logps = model(**train_pref.collate_pairs(PAIRS, shared_prompt, CPU))
     torch.testing.assert_close(token_logps, expected_tokens, rtol=0, atol=1e-5)
     torch.testing.assert_close(logps, expected_sums, rtol=1e-6, atol=1e-5)
     (logps * COEFFICIENTS).sum().backward()
@@ -295,7 +299,7 @@ def test_checkpoint_activations(reference_run):
     for checkpointing in (False, True):
         model = ours(directory, checkpoint_activations=checkpointing)
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, k=int(checkpointing): calls.__setitem__(k, calls[k] + 1))
-        logps, _ = model(**train_pref.collate(PAIRS, True, CPU))
+        logps, _ = model(**train_pref.collate_pairs(PAIRS, True, CPU))
         (logps * COEFFICIENTS).sum().backward()
         found.append(gradients(model))
     assert calls == [1, 2]  # it did recompute
@@ -310,9 +314,9 @@ def test_compiled_layers(reference_run, monkeypatch):
     model = ours(directory, compile_layers=True)
     torch._dynamo.utils.counters.clear()
     for pairs in (PAIRS[:2], PAIRS):
-        token_logps = model(**train_pref.collate(pairs, True, CPU))[1]
+        token_logps = model(**train_pref.collate_pairs(pairs, True, CPU))[1]
         torch.testing.assert_close(token_logps, expected[: len(token_logps)], rtol=0, atol=1e-5)
-    (model(**train_pref.collate(PAIRS, True, CPU))[0] * COEFFICIENTS).sum().backward()
+    (model(**train_pref.collate_pairs(PAIRS, True, CPU))[0] * COEFFICIENTS).sum().backward()
     assert_close_tensors(gradients(model), expected_grads, 1e-5)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"], counters
@@ -325,15 +329,15 @@ def test_compiled_layers_generated_code(reference_run):
     """The same, with the code that torch.compile generates (C++ here)."""
     with torch.enable_grad():
         directory, expected, _, _ = reference_run("gqa", num_hidden_layers=1)
-    token_logps = ours(directory, compile_layers=True)(**train_pref.collate(PAIRS, True, CPU))[1]
+    token_logps = ours(directory, compile_layers=True)(**train_pref.collate_pairs(PAIRS, True, CPU))[1]
     torch.testing.assert_close(token_logps, expected, rtol=0, atol=1e-5)
 
 
 def check_precisions(directory, device):
     """bf16 products: 8 bits, so a log-prob of a 3-layer model is off by some hundredths of a nat; float32 ones by 1e-4."""
-    batch = train_pref.collate(PAIRS, True, device)
+    batch = train_pref.collate_pairs(PAIRS, True, device)
     with torch.no_grad():
-        expected = ours(directory, "cpu")(**train_pref.collate(PAIRS, True, CPU))[1]
+        expected = ours(directory, "cpu")(**train_pref.collate_pairs(PAIRS, True, CPU))[1]
     for precision, mean_limit, limit in (("fp32", 1e-5, 1e-4), ("bf16", 0.03, 0.2)):
         model = ours(directory, device, precision=precision)
         logps, token_logps = model(**batch)
@@ -424,7 +428,8 @@ def test_sharded_safetensors(case, tiny_llama, tmp_path, monkeypatch):
     assert len(list(sharded.glob("*.safetensors"))) > 2 and not (sharded / "model.safetensors").exists()
     assert torch.equal(logits(ours(sharded), ids), logits(before, ids))
 
-    monkeypatch.setattr(train_pref, "save_torch_state_dict", functools.partial(train_pref.save_torch_state_dict, max_shard_size="20KB"))
+    in_shards = functools.partial(train_pref.save_torch_state_dict, max_shard_size="20KB")
+    monkeypatch.setattr(train_pref, "save_torch_state_dict", in_shards)
     out = save(tmp_path / "final", sharded)
     assert len(list(out.glob("*.safetensors"))) > 2
     assert torch.equal(logits(ours(out), ids), logits(before, ids))
@@ -432,7 +437,7 @@ def test_sharded_safetensors(case, tiny_llama, tmp_path, monkeypatch):
     assert not any(info.values()), info
     torch.testing.assert_close(loaded(ids).logits, logits(before, ids), rtol=0, atol=1e-5)
 
-    last = sorted(sharded.glob("*.safetensors"))[-1]
+    last = max(sharded.glob("*.safetensors"))
     last.write_bytes(last.read_bytes()[:-8])
     with pytest.raises(UserError, match=last.name):
         ours(sharded)
@@ -444,8 +449,8 @@ def test_sharded_safetensors(case, tiny_llama, tmp_path, monkeypatch):
 def test_float16_and_bfloat16_weights_become_float32(tiny_llama, tmp_path):
     directory = tiny_llama(tmp_path / "m")
     for dtype in (torch.float16, torch.bfloat16):
-        edit_tensors(directory, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
-        saved = load_file(directory / "model.safetensors")
+        saved = {name: t.to(dtype) for name, t in load_file(directory / "model.safetensors").items()}
+        save_file(saved, directory / "model.safetensors")
         for name, param in ours(directory).named_parameters():
             assert param.dtype == torch.float32 and torch.equal(param, saved[name].float())
 
@@ -489,15 +494,17 @@ def test_refused_config_files(tiny_llama, tmp_path):
         train_pref.read_config(directory)
 
 
-NORM = "model.layers.1.post_attention_layernorm.weight"
+NORM, THIRD, BIAS = (f"model.layers.{name}" for name in ("1.post_attention_layernorm.weight", "2.mlp.up_proj.weight",
+                                                         "0.self_attn.q_proj.bias"))
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 REFUSED_WEIGHTS = {  # how the tensors are edited, what the message names
     "missing": (lambda t: t.pop(NORM), [NORM, "missing"]),
-    "missing head": (lambda t: t.pop("lm_head.weight"), ["lm_head.weight", "missing"]),
-    "extra": (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(2)}), ["model.layers.2.mlp.up_proj.weight", "extra"]),
-    "extra bias": (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}), ["model.layers.0.self_attn.q_proj.bias", "extra"]),
+    "missing head": (lambda t: t.pop(HEAD), [HEAD, "missing"]),
+    "extra": (lambda t: t.update({THIRD: torch.ones(2)}), [THIRD, "extra"]),
+    "extra bias": (lambda t: t.update({BIAS: torch.ones(32)}), [BIAS, "extra"]),
     "misshapen": (lambda t: t.update({NORM: torch.ones(31)}), [NORM, "31", "32"]),
-    "transposed": (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.contiguous()}), ["lm_head.weight", "[32, 272]", "[272, 32]"]),
-    "one more id": (lambda t: t.update({"model.embed_tokens.weight": torch.ones(273, 32)}), ["model.embed_tokens.weight", "273", "272"]),
+    "transposed": (lambda t: t.update({HEAD: t[HEAD].T.contiguous()}), [HEAD, "[32, 272]", "[272, 32]"]),
+    "one more id": (lambda t: t.update({EMBEDDING: torch.ones(273, 32)}), [EMBEDDING, "273", "272"]),
 }
 
 

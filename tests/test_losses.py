@@ -305,7 +305,7 @@ def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt):
             list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
     how = dict(device="cpu", kernel="torch", precision="fp32", shard=False, compile_layers=False, checkpoint_activations=False)
     policy, ref = (tp.load_weights(tp.build_llama(tp.read_config(d), **how), d) for d in (setup.policy_dir, setup.ref_dir))
-    batch = tp.collate(pairs, shared_prompt, "cpu")
+    batch = tp.collate_pairs(pairs, shared_prompt, "cpu")
     logps = policy(**batch)[0].view(-1, 2)
     with torch.no_grad():
         ref_logps = ref(**batch)[0].view(-1, 2)

@@ -163,7 +163,6 @@ def test_ids_outside_the_vocabulary(tmp_path):
         encode(tokenizer, ["b", "abc"], 66)
 
 
-@pytest.mark.xfail(strict=True, reason="encode does not look at the BOS id")
 def test_bos_outside_the_vocabulary(tmp_path):
     tokenizer = byte_tokenizer(tmp_path, eos_token="a")  # BOS is 256
     with pytest.raises(UserError, match="256.*vocabulary of 256"):
@@ -195,7 +194,6 @@ def test_sentencepiece_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="tiktoken's cache is on")
 def test_tokenizer_model_is_read_each_time(tmp_path):
     """tiktoken keeps copies of what it read in the system's temporary directory, by path: another file in the same place, or
     the same relative path in another project, would be taken for it."""
@@ -289,8 +287,9 @@ CHATS = [  # prompt, response
     (said("u:Count"), said("a:One", "u:And then?", "a:Two")),  # several turns to learn from
 ]
 LLAMA3_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 
 
 def assert_chat_is_whole(tokenizer, vocab_size, end_of_turn):
@@ -333,14 +332,15 @@ def chat(tmp_path):
     return with_template
 
 
-PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}" \
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{{ '\n' }}" \
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
 def test_chat_text(chat):
     tokenizer = chat(PLAIN)
     assert render_chat(tokenizer, said("u:Hi"), said("a:Hello ")) == ("[user]Hi\n[assistant]", "Hello ")
-    assert render_chat(tokenizer, said("u:Hi"), said("a:A", "u:B", "a:C")) == ("[user]Hi\n[assistant]", "A</s>\n[user]B\n[assistant]C")
+    several = render_chat(tokenizer, said("u:Hi"), said("a:A", "u:B", "a:C"))
+    assert several == ("[user]Hi\n[assistant]", "A</s>\n[user]B\n[assistant]C")
 
 
 @pytest.mark.parametrize(("prompt", "response", "kind"), [
@@ -366,7 +366,6 @@ def test_chat_template_refusals(chat):
         render_chat(chat(thinking), said("u:Hi"), said("a:Hello"))
 
 
-@pytest.mark.xfail(strict=True, reason="jinja2.TemplateError is not caught")
 def test_chat_template_that_raises(chat):
     """Many templates refuse turns that do not alternate; one such row is no reason to stop."""
     tokenizer = chat("{{ raise_exception('roles must alternate') }}")

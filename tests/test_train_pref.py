@@ -118,7 +118,7 @@ def cli(context, tmp_path):
 
     def finish(started):
         for process, log in started:
-            process.join(120)
+            process.join(60)
         assert len({process.exitcode for process, _ in started}) == 1, [
             (process.exitcode, Path(f"{log}.err").read_text()) for process, log in started]
         process, log = started[0]
@@ -212,7 +212,7 @@ def case(request, tiny_llama, tmp_path_factory):
         data = tmp / "pairs.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
     tokenizer = tp.load_tokenizer(directory)
-    pairs, _, _ = tp.load_pairs(str(data), False, tokenizer, tp.read_config(directory).vocab_size, 256, 160, "keep_end")
+    pairs, _, _ = tp.load_pairs(str(data), False, tokenizer, tp.read_config(directory).vocab_size, 224, 96, "keep_end")
     assert len(pairs) >= 6
     return directory, pairs
 
@@ -247,7 +247,7 @@ def gradient_difference(a, b):
 def spread_refs(model, pairs, dtype):
     """Reference log-probs some tenths of a nat beside the policy's: the weights and slopes of the pairs differ."""
     with torch.no_grad():
-        logps = model(**tp.collate(pairs, True, "cpu"))[0].view(-1, 2)
+        logps = model(**tp.collate_pairs(pairs, True, "cpu"))[0].view(-1, 2)
     return logps + torch.randn(logps.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
@@ -255,7 +255,7 @@ def test_shared_prompt_equals_plain_rows(case, process_group, monkeypatch):
     directory, pairs = case
     model = load(directory)
     with torch.no_grad():
-        shared, plain = (model(**tp.collate(pairs, form, "cpu")) for form in (True, False))
+        shared, plain = (model(**tp.collate_pairs(pairs, form, "cpu")) for form in (True, False))
     torch.testing.assert_close(shared[1], plain[1], rtol=1e-5, atol=1e-5)  # a token
     torch.testing.assert_close(shared[0], plain[0], rtol=1e-5, atol=1e-5)
     ref = spread_refs(model, pairs, torch.float32)
@@ -280,7 +280,7 @@ def test_log_probs_equal_transformers(case):
     directory, pairs = case
     theirs, model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), load(directory)
     with torch.no_grad():
-        logps, token_logps = model(**tp.collate(pairs, True, "cpu"))
+        logps, token_logps = model(**tp.collate_pairs(pairs, True, "cpu"))
         expected = []
         for pair in pairs:
             for response in (pair.chosen, pair.rejected):
@@ -299,7 +299,7 @@ def test_pairs_alone_permuted_and_in_micro_batches(case, process_group, monkeypa
     ref = spread_refs(model, pairs, torch.float32)
     logps, grads = summed_gradients(model, pairs, ref, monkeypatch, micro_batch_size=16)
     with torch.no_grad():
-        alone = torch.stack([model(**tp.collate([pair], True, "cpu"))[0] for pair in pairs])
+        alone = torch.stack([model(**tp.collate_pairs([pair], True, "cpu"))[0] for pair in pairs])
     torch.testing.assert_close(logps, alone, rtol=1e-5, atol=1e-5)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))
     permuted_logps, permuted = summed_gradients(model, [pairs[i] for i in order], ref[order], monkeypatch, micro_batch_size=3)
@@ -330,7 +330,7 @@ def test_gradient_is_the_mean_over_pairs_of_the_loss(case, process_group, monkey
     _, grads = summed_gradients(model, pairs, ref, monkeypatch, micro_batch_size=3, loss="is_dpo")
     total = 0.0
     for pair, (rc, rr) in zip(pairs, ref):
-        pc, pr = model(**tp.collate([pair], False, "cpu"))[0]
+        pc, pr = model(**tp.collate_pairs([pair], False, "cpu"))[0]
         weight = ((pc - rc) + (pr - rr)).detach().clamp(max=2.0).exp()
         total = total - weight * F.logsigmoid(0.1 * ((pc - rc) - (pr - rr))) / len(pairs)
     expected = dict(zip((name for name, _ in model.named_parameters()), torch.autograd.grad(total, list(model.parameters()))))
@@ -341,14 +341,14 @@ def test_collate_rows():
     """One row [prompt | chosen | rejected | pad], worked out by hand."""
     ids = lambda *x: array("i", x)
     pairs = [tp.Pair(ids(1, 5), ids(6, 2), ids(7, 8, 2)), tp.Pair(ids(1,), ids(9,), ids(2,))]
-    shared = tp.collate(pairs, True, "cpu")
+    shared = tp.collate_pairs(pairs, True, "cpu")
     assert shared["ids"].tolist() == [[1, 5, 6, 2, 7, 8, 2], [1, 9, 2, 0, 0, 0, 0]]
     assert shared["positions"].tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 1, 0, 0, 0, 0]]
     assert shared["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 2, -1, -1, -1, -1]]
     assert shared["predict"].tolist() == [1, 2, 1, 4, 5, 7, 7]  # the last prompt token predicts both first tokens
     assert shared["targets"].tolist() == [6, 2, 7, 8, 2, 9, 2]
     assert shared["cu_seqlens"].tolist() == [0, 2, 5, 6, 7]
-    plain = tp.collate(pairs, False, "cpu")
+    plain = tp.collate_pairs(pairs, False, "cpu")
     assert plain["ids"].tolist() == [[1, 5, 6, 2, 0], [1, 5, 7, 8, 2], [1, 9, 0, 0, 0], [1, 2, 0, 0, 0]]
     assert plain["predict"].tolist() == [1, 2, 6, 7, 8, 10, 15]
     assert torch.equal(plain["targets"], shared["targets"]) and torch.equal(plain["cu_seqlens"], shared["cu_seqlens"])
@@ -457,7 +457,7 @@ def test_files_of_a_run(cli, model_dir, data, tmp_path):
     limits = tp.load_tokenizer(model_dir), 272, 48, 28, "keep_end"
     pairs, _, _ = tp.load_pairs(str(with_holes), False, *limits)
     ref = load(model_dir)
-    logps = lambda model, pairs: torch.stack([model(**tp.collate([pair], False, "cpu"))[0] for pair in pairs])
+    logps = lambda model, pairs: torch.stack([model(**tp.collate_pairs([pair], False, "cpu"))[0] for pair in pairs])
     with torch.no_grad():
         torch.testing.assert_close(torch.stack([chosen, rejected], 1), logps(ref, pairs), rtol=1e-5, atol=1e-5)
 
@@ -478,8 +478,8 @@ def test_files_of_a_run(cli, model_dir, data, tmp_path):
     for name, param in theirs.named_parameters():
         assert torch.equal(param, ours[name])
     assert AutoTokenizer.from_pretrained(out / "final").eos_token_id == 257
-    assert 257 in [theirs.generation_config.eos_token_id, *(theirs.generation_config.eos_token_id or [])] if isinstance(
-        theirs.generation_config.eos_token_id, list) else theirs.generation_config.eos_token_id == 257
+    stops = theirs.generation_config.eos_token_id
+    assert 257 in (stops if isinstance(stops, list) else [stops])
 
     # The log
     header = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
@@ -506,7 +506,7 @@ def lone_run(context, model_dir, tmp_path_factory):
     process = context.Process(target=child, args=([str(x) for x in flags(model_dir, data, out, epochs=1, batch_size=8, micro_batch_size=8)],
                                                   {}, str(tmp / "log"), 0, None))
     process.start()
-    process.join(120)
+    process.join(60)
     assert process.exitcode == 0, (tmp / "log.err").read_text()
     return data, out
 
@@ -554,7 +554,7 @@ def straight(context, model_dir, data, tmp_path_factory):
             for process in processes:
                 process.start()
             for process in processes:
-                process.join(120)
+                process.join(60)
             assert [p.exitcode for p in processes] == [0] * world, (tmp / "log0.err").read_text()
             made[name] = tmp / "run"
         return made[name]
@@ -662,14 +662,20 @@ def test_out_that_is_no_run(cli, model_dir, data, tmp_path):
 
 
 def test_a_run_killed_before_its_first_step(cli, model_dir, data, tmp_path):
-    """Killed after the reference log-probs were written, or while: the same command begins again."""
+    """Killed after the reference log-probs were written, or while they were: the same command begins again."""
     out = tmp_path / "run"
-    cli(*flags(model_dir, data, out, max_steps=1)).ok()
-    for name in ("metrics.jsonl", "final/manifest.json"):
-        (out / name).unlink()
+    argv = flags(model_dir, data, out, max_steps=1)
+    cli(*argv).ok()
     shutil.rmtree(out / "final")
+    (out / "metrics.jsonl").unlink()
     assert [p.name for p in out.iterdir()] == ["ref_logps.safetensors"]  # as a kill at that moment leaves it
-    cli(*flags(model_dir, data, out, max_steps=1)).ok()
+    cli(*argv, "--resume", "never").refused("--resume never")
+    cli(*argv).ok()
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / ".ref_logps.safetensors.tmp").write_bytes(b"half")
+    cli(*argv).ok()
+    assert sorted(p.name for p in out.iterdir()) == ["final", "metrics.jsonl", "ref_logps.safetensors"]
 
 
 @pytest.mark.parametrize("name, harm", [

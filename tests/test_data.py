@@ -1,0 +1,481 @@
+"""From files to batches: JSON lines, pairs and demonstrations, every kind of skipped row, packing, dealing, collating."""
+
+import gzip
+import itertools
+import json
+import math
+import random
+import sys
+from array import array
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+
+import train_pref
+import train_sft
+from train_pref import Pair, UserError, deal, epoch_order, load_pairs, read_jsonl, read_rows
+from train_sft import Example, load_examples, pack
+
+BOS, EOS = 256, 257
+LIMITS = (259, 10**6, 10**5, "keep_end")  # vocab_size, max_length, max_prompt_length, truncation
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}" \
+       "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def byte(tmp_path_factory):
+    """A tokenizer of one token a byte, <s> 256, </s> 257, with a chat template."""
+    directory = tmp_path_factory.mktemp("byte")
+    byte_tokenizer(directory)
+    tokenizer = train_pref.load_tokenizer(directory)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def write(path, *rows):
+    """Rows, or lines as they are, to a JSON-lines file; -> its path as --data takes it."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_bytes("".join(line + "\n" for line in lines).encode())
+    return str(path)
+
+
+def texts(tokenizer, pair):
+    return tuple(tokenizer.decode(ids) for ids in (pair.prompt, pair.chosen, pair.rejected))
+
+
+def turns(*contents):
+    return [dict(role=("user", "assistant")[k % 2], content=content) for k, content in enumerate(contents)]
+
+
+# ------------------------------------------------------------------------------------------------------------- JSON lines
+# Everything that str.splitlines takes for the end of a line, and JSON lets stand inside a string.
+UNICODE_LINE_ENDS = "a\u2028b\u2029c\x85d"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_read_jsonl(suffix, tmp_path):
+    lines = ['{"a": "' + UNICODE_LINE_ENDS + '"}\n', "\n", "   \r\n", '{"a": "x\\r\\ny\\u000b"}\r\n', '[1, "a"]\n', "3\n",
+             '{"a": {"b": null}}']
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(gzip.compress("".join(lines).encode()) if suffix.endswith("gz") else "".join(lines).encode())
+    assert list(read_jsonl(path)) == [
+        (f"{path}:1", {"a": UNICODE_LINE_ENDS}),
+        (f"{path}:4", {"a": "x\r\ny\x0b"}),  # blank lines are passed over, and counted
+        (f"{path}:5", {}),  # JSON, but no object: a row without any key
+        (f"{path}:6", {}),
+        (f"{path}:7", {"a": {"b": None}}),  # the last line has no end
+    ]
+
+
+@pytest.mark.parametrize("line", [b'{"a": 1', b"hello", b'{"a": 1}{"a": 2}', b'{"a": 1}\r{"a": 2}', b'{"a": "\xff"}', b"{'a': 1}"])
+def test_a_line_that_is_not_json(line, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"a": 0}\n\n' + line + b'\n{"a": 3}\n')
+    rows = read_jsonl(path)
+    assert next(rows) == (f"{path}:1", {"a": 0})
+    with pytest.raises(UserError, match=r"data\.jsonl:3: not JSON"):
+        next(rows)
+
+
+def test_broken_gzip(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    good = gzip.compress("".join(json.dumps({"a": random.Random(k).random()}) + "\n" for k in range(500)).encode())
+    damages = {"cut": good[:-200], "no checksum": good[:-6], "checksum": good[:-8] + bytes(4) + good[-4:],
+               "header": b"\x00" + good[1:], "middle": good[:2000] + bytes(200) + good[2200:], "no gzip": b'{"a": 1}\n'}
+    for name, content in damages.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"data\.jsonl\.gz"):
+            list(read_jsonl(path))
+            pytest.fail(name)
+    path.write_bytes(good)
+    assert len(list(read_jsonl(path))) == 500
+
+
+def test_missing_file(tmp_path):
+    for name in ("data.jsonl", "data.jsonl.gz"):
+        with pytest.raises(UserError, match=rf"{name}: no such file"):
+            list(read_rows(str(tmp_path / name), False, {}))
+    with pytest.raises(UserError, match="b.jsonl: no such file"):  # the second of two pooled
+        list(read_rows(f"{write(tmp_path / 'a.jsonl', {})}+{tmp_path / 'b.jsonl'}", False, {}))
+
+
+def test_pooled_files(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", {"k": 1}, {"k": 2}), write(tmp_path / "b.jsonl", {"k": 3})
+    assert list(read_rows(f"{a}+{b}+{a}", False, {})) == [
+        (f"{a}:1", {"k": 1}), (f"{a}:2", {"k": 2}), (f"{b}:1", {"k": 3}), (f"{a}:1", {"k": 1}), (f"{a}:2", {"k": 2})]
+    plus = write(tmp_path / "c+d.jsonl", {"k": 4})  # a file whose name has a plus is that file
+    assert list(read_rows(plus, False, {})) == [(f"{plus}:1", {"k": 4})]
+
+
+def test_hub_dataset(tmp_path, monkeypatch, byte):
+    """Whatever `datasets` loads: here a directory, with the splits that a Hub dataset would have."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    directory = tmp_path / "hub"
+    directory.mkdir()
+    write(directory / "train.jsonl", *(dict(prompt=f"{k}?", chosen="yes", rejected="no", score=0.5) for k in range(3)))
+    write(directory / "test.jsonl", dict(prompt="x", chosen="a", rejected="b"), dict(prompt="y", chosen="a", rejected="a"))
+    where, rows = zip(*read_rows(str(directory), False, {}))
+    assert where == tuple(f"{directory}[{k}]" for k in range(3)) and [row["prompt"] for row in rows] == ["0?", "1?", "2?"]
+    pairs, index, report = load_pairs(str(directory), True, byte, *LIMITS)
+    assert [texts(byte, pair) for pair in pairs] == [("<s>x", "a</s>", "b</s>")] and index.tolist() == [0]
+    assert f"1 identical responses (first {directory}[1])" in report
+
+    # A recipe is an id, two splits and a mapping of rows; it pools with files.
+    recipes = {"toy": (str(directory), "test", "train[:2]", lambda row: dict(k=row["prompt"]))}
+    file = write(tmp_path / "a.jsonl", {"k": "file"})
+    assert [row["k"] for _, row in read_rows(f"toy+{file}", True, recipes)] == ["0?", "1?", "file"]
+    assert [row["k"] for _, row in read_rows("toy", False, recipes)] == ["x", "y"]
+
+
+def test_hub_refusals(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)  # importing it fails
+        with pytest.raises(UserError, match="no-such/data.*pip install datasets"):
+            list(read_rows("no-such/data", False, {}))
+    pytest.importorskip("datasets")
+    with pytest.raises(UserError, match="no-such/data: no such file, recipe"):  # HF_HUB_OFFLINE is set
+        list(read_rows("no-such/data", False, {"tldr": None}))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no such file, recipe"):
+        list(read_rows(str(tmp_path / "empty"), False, {}))
+
+
+def test_ids_sha256():
+    digest = lambda *rows: train_pref.ids_sha256(array("i", row) for row in rows)
+    assert digest([1, 2], [3]) == digest([1, 2], [3])
+    different = [(), ([],), ([1, 2], [3]), ([1], [2, 3]), ([3], [1, 2]), ([1, 2, 3],), ([1, 2], [4])]
+    assert len({digest(*rows) for rows in different}) == len(different)
+
+
+# ------------------------------------------------------------------------------------------------------------------ pairs
+def test_pairs(byte, tmp_path):
+    source = write(tmp_path / "pairs.jsonl",
+                   dict(prompt="Q: 1+1?", chosen=" 2", rejected=" three", note="unread"),
+                   dict(chosen="\n\nHuman: Hi\n\nAssistant: Hey", rejected="\n\nHuman: Hi\n\nAssistant: Ha!"),
+                   dict(chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: same start d",
+                        rejected="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: same start e"),
+                   dict(prompt=turns("Hi"), chosen=turns("", "Hello")[1:], rejected=turns("", "Go away")[1:]),
+                   dict(chosen=turns("Hi", "Hello", "Who?", "Me"), rejected=turns("Hi", "Hello", "Who?", "You")),
+                   dict(prompt="Hi", chosen=turns("Hi", "A"), rejected=turns("Hi", "B")),  # the prompt as text, too
+                   dict(prompt=f"é{UNICODE_LINE_ENDS}", chosen="\U0001f600", rejected="</s>x"))
+    pairs, index, report = load_pairs(source, False, byte, *LIMITS)
+    assert [texts(byte, pair) for pair in pairs] == [
+        ("<s>Q: 1+1?", " 2</s>", " three</s>"),
+        ("<s>\n\nHuman: Hi\n\nAssistant:", " Hey</s>", " Ha!</s>"),
+        ("<s>\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " same start d</s>", " same start e</s>"),
+        ("<s>[user]Hi[assistant]", "Hello</s>", "Go away</s>"),
+        ("<s>[user]Hi[assistant]Hello</s>[user]Who?[assistant]", "Me</s>", "You</s>"),
+        ("<s>[user]Hi[assistant]", "A</s>", "B</s>"),
+        (f"<s>é{UNICODE_LINE_ENDS}", "\U0001f600</s>", "</s>x</s>"),
+    ]
+    assert index.tolist() == list(range(7)) and index.dtype == torch.int64
+    assert report == f"{source}: 7 pairs of 7 rows; skipped: none; cut: none"
+    for pair in pairs:
+        assert pair.prompt[0] == BOS and pair.prompt.count(BOS) == 1
+        assert pair.chosen[-1] == pair.rejected[-1] == EOS and pair.chosen.count(EOS) == 1
+        assert pair.n_tokens == len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+GOOD = dict(prompt="p", chosen="good", rejected="bad")
+SKIPPED = {
+    "wrong types": [dict(prompt="p", chosen="a"), dict(prompt="p", chosen=1, rejected="b"), dict(prompt="p", chosen=None, rejected="b"),
+                    dict(prompt=3, chosen="a", rejected="b"), dict(prompt=None, chosen="a", rejected="b"), "[1, 2]", '"text"', "null", {},
+                    dict(prompt="p", chosen="a", rejected=turns("a", "b")), dict(prompt=turns("p"), chosen="a", rejected="b"),
+                    dict(chosen=[1, "x"], rejected=[1, "y"]),
+                    dict(chosen=turns("p") + [dict(role="assistant", content=None)], rejected=turns("p", "x"))],
+    "prompt mismatch": [dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: b\n\nAssistant: y"),
+                        dict(chosen="no marker", rejected="no mark"),
+                        dict(chosen="\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: z",
+                             rejected="\n\nHuman: a\n\nAssistant: y"),
+                        dict(chosen=turns("a", "x"), rejected=turns("b", "x")),
+                        dict(chosen=turns("a", "x", "y"), rejected=turns("a", "x", "z")),  # they end with the user
+                        dict(prompt=turns("a"), chosen=turns("a", "x"), rejected=turns("a", "y"))],  # the prompt twice
+    "empty response": [dict(prompt="p", chosen="", rejected="b"), dict(prompt="p", chosen="a", rejected=" \n\t"),
+                       dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: a\n\nAssistant:"),
+                       dict(prompt="p", chosen="</s>", rejected="b"),  # nothing but EOS
+                       dict(chosen=turns("a", " "), rejected=turns("a", "x"))],
+    "identical responses": [dict(prompt="p", chosen="a", rejected="a"),
+                            dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: a\n\nAssistant: x"),
+                            dict(prompt=turns("a"), chosen=turns("", "x")[1:], rejected=turns("", "x")[1:])],
+    "chat template does not continue the prompt": [dict(chosen=turns("STRANGE", "x"), rejected=turns("STRANGE", "y"))],
+}
+
+
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_skipped_rows(kind, byte, tmp_path, monkeypatch):
+    strange = "{% if add_generation_prompt and messages[0].content == 'STRANGE' %}!{% endif %}"
+    monkeypatch.setattr(byte, "chat_template", strange + CHAT)
+    rows = SKIPPED[kind]
+    for row in rows:  # each alone, between two good ones and after a blank line
+        source = write(tmp_path / "one.jsonl", GOOD, "", row, GOOD)
+        pairs, index, report = load_pairs(source, False, byte, *LIMITS)
+        assert report == f"{source}: 2 pairs of 3 rows; skipped: 1 {kind} (first {source}:3); cut: none", row
+        assert index.tolist() == [0, 2] and len(pairs) == 2  # rows are numbered, not lines
+    source = write(tmp_path / "all.jsonl", GOOD, *rows)
+    report = load_pairs(source, False, byte, *LIMITS)[2]
+    assert f"1 pairs of {len(rows) + 1} rows; skipped: {len(rows)} {kind} (first {source}:2)" in report
+    source = write(tmp_path / "none.jsonl", *rows)
+    with pytest.raises(UserError, match=f"no usable pairs in .*none.jsonl.*{len(rows)} {kind}"):
+        load_pairs(source, False, byte, *LIMITS)
+
+
+def test_several_kinds_at_once(byte, tmp_path):
+    kinds = ["empty response", "wrong types", "prompt mismatch", "identical responses"]
+    source = write(tmp_path / "all.jsonl", *(SKIPPED[kind][k] for k in range(3) for kind in kinds), GOOD)
+    pairs, index, report = load_pairs(source, False, byte, *LIMITS)
+    assert index.tolist() == [12] and len(pairs) == 1
+    skipped = ", ".join(f"3 {kind} (first {source}:{k})" for k, kind in enumerate(kinds, 1))
+    assert report == f"{source}: 1 pairs of 13 rows; skipped: {skipped}; cut: none"
+
+
+def test_identical_conversations(byte, tmp_path):
+    source = write(tmp_path / "pairs.jsonl", GOOD, dict(chosen=turns("a", "x"), rejected=turns("a", "x")))
+    assert "1 identical responses" in load_pairs(source, False, byte, *LIMITS)[2]
+
+
+def test_broken_unicode(byte, tmp_path):
+    """JSON can hold half of a surrogate pair, which is no text: "\\ud83d". One such row is skipped."""
+    source = write(tmp_path / "pairs.jsonl", GOOD, dict(prompt="p", chosen="\ud83d", rejected="b"))
+    assert f"(first {source}:2)" in load_pairs(source, False, byte, *LIMITS)[2]
+
+
+def test_cut_pairs(byte, tmp_path):
+    rows = [dict(prompt="0123456", chosen="abc", rejected="xyz"),  # 8 + 4: fits
+            dict(prompt="0123456789", chosen="abcdef", rejected="x"),
+            dict(prompt="0123456789", chosen="abcdef", rejected="abcdefg"),  # differ past the cut only
+            dict(prompt="01", chosen="abcdefgh", rejected="abcdefghijk")]
+    source = write(tmp_path / "pairs.jsonl", *rows)
+    load = lambda truncation, max_length=12: load_pairs(source, False, byte, 259, max_length, 8, truncation)
+    pairs, index, report = load("keep_end")
+    assert [texts(byte, pair) for pair in pairs] == [("<s>0123456", "abc</s>", "xyz</s>"), ("<s>3456789", "abcd", "x</s>"),
+                                                     ("<s>01", "abcdefgh</s>", "abcdefghi")]
+    assert index.tolist() == [0, 1, 3]
+    assert report.endswith(f"3 pairs of 4 rows; skipped: 1 identical once cut (first {source}:3);"
+                           f" cut: 2 prompt (first {source}:2), 4 response (first {source}:2)")
+    assert texts(byte, load("keep_start")[0][1]) == ("<s>0123456", "abcd", "x</s>")
+    pairs, index, report = load("drop")
+    assert index.tolist() == [0, 3] and f"skipped: 2 prompt too long (first {source}:2)" in report
+    with pytest.raises(UserError, match="3 no room for a response"):  # after a prompt of 8
+        load("keep_end", max_length=8)
+    for pair in load("keep_end")[0]:
+        assert len(pair.prompt) <= 8 and len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= 12
+
+
+def test_vocabulary_too_small(byte, tmp_path):
+    source = write(tmp_path / "pairs.jsonl", GOOD)
+    with pytest.raises(UserError, match="257.*vocabulary of 257"):
+        load_pairs(source, False, byte, 257, *LIMITS[1:])
+
+
+@pytest.mark.parametrize(("name", "kept", "rows", "skipped"), [
+    ("hh_harmless_test", 2303, 2312, {"empty response": 4, "prompt mismatch": 5}), ("tldr_pref", 1000, 1000, {})])
+def test_real_pairs(name, kept, rows, skipped, shared, stories):
+    source = shared / "data" / f"{name}.jsonl.gz"
+    tokenizer = train_pref.load_tokenizer(stories)
+    pairs, index, report = load_pairs(str(source), True, tokenizer, 512, *LIMITS[1:])
+    assert len(pairs) == len(index) == kept and f": {kept} pairs of {rows} rows; " in report and report.endswith("cut: none")
+    for kind, n in skipped.items():
+        assert f"{n} {kind} (first {source}:" in report
+    if not skipped:
+        assert "skipped: none" in report
+    with gzip.open(source, "rt", encoding="utf-8", newline="\n") as file:
+        data = [json.loads(line) for line in file]
+    for pair, number in list(zip(pairs, index.tolist()))[::100]:  # the rows that the index says, put together again
+        triple = (pair.prompt, pair.chosen, pair.rejected)
+        prompt, chosen, rejected = (tokenizer.decode(ids, skip_special_tokens=True) for ids in triple)
+        row = data[number]
+        for response, key in ((chosen, "chosen"), (rejected, "rejected")):
+            assert (prompt + response).split() == (row.get("prompt", "") + row[key]).split()
+
+
+# ---------------------------------------------------------------------------------------------------------- demonstrations
+def example_text(tokenizer, example):
+    """What is given, what is learned."""
+    return tokenizer.decode(example.ids[: example.first]), tokenizer.decode(example.ids[example.first :])
+
+
+def test_examples(byte, tmp_path):
+    source = write(tmp_path / "sft.jsonl",
+                   dict(prompt="Q", completion=" A"),
+                   dict(text="Once upon"),
+                   dict(text="<s>Twice"),  # BOS is there already
+                   dict(prompt="Q", chosen=" good", rejected=" bad"),
+                   dict(chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", rejected="..."),
+                   dict(messages=turns("Hi", "Hello", "Who?", "Me")),
+                   dict(prompt=turns("Hi"), completion=turns("", "Hello")[1:]),
+                   dict(prompt=turns("Hi"), chosen=turns("", "Hello")[1:], rejected=turns("", "No")[1:]),
+                   dict(prompt="", completion="A"))
+    examples, report = load_examples(source, False, byte, *LIMITS)
+    assert [example_text(byte, example) for example in examples] == [
+        ("<s>Q", " A</s>"),
+        ("<s>", "Once upon</s>"),
+        ("<s>", "Twice</s>"),
+        ("<s>Q", " good</s>"),
+        ("<s>\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " d</s>"),
+        ("<s>[user]Hi[assistant]Hello</s>[user]Who?[assistant]", "Me</s>"),
+        ("<s>[user]Hi[assistant]", "Hello</s>"),
+        ("<s>[user]Hi[assistant]", "Hello</s>"),
+        ("<s>", "A</s>"),
+    ]
+    assert report == f"{source}: 9 examples of 9 rows; skipped: none; cut: none"
+
+
+def test_text_without_bos(tmp_path):
+    """Without BOS the first token of a text is given: nothing predicts it."""
+    byte_tokenizer(tmp_path, bos_token=None)
+    tokenizer = train_pref.load_tokenizer(tmp_path)
+    source = write(tmp_path / "sft.jsonl", dict(text="abc"), dict(prompt="p", completion="c"), dict(prompt="", completion="c"))
+    examples, report = load_examples(source, False, tokenizer, *LIMITS)
+    assert [example_text(tokenizer, example) for example in examples] == [("a", "bc</s>"), ("p", "c</s>")]
+    assert f"1 empty prompt (first {source}:3)" in report
+
+
+@pytest.mark.parametrize(("kind", "row"), [
+    ("wrong types", dict(text=3)), ("wrong types", dict(prompt="p", completion=None)), ("wrong types", dict(prompt=3, completion="c")),
+    ("wrong types", dict(prompt="p", completion=3)), ("wrong types", dict(prompt=turns("a"), completion="c")),
+    ("no prompt", dict(completion="c")), ("no prompt", dict(chosen="no marker")), ("no prompt", {}), ("no prompt", "[1]"),
+    ("empty completion", dict(text="")), ("empty completion", dict(prompt="p", completion=" \n")),
+    ("empty completion", dict(chosen="\n\nHuman: a\n\nAssistant: ")),
+    ("prompt mismatch", dict(messages=turns("Hi"))), ("prompt mismatch", dict(messages=turns("Hi", "Hello", "Bye"))),
+    ("prompt mismatch", dict(messages=[])), ("wrong types", dict(messages=["Hi", "Hello"])),
+    ("empty response", dict(messages=turns("Hi", " "))), ("empty response", dict(prompt="p", completion="</s>")),
+])
+def test_skipped_demonstrations(kind, row, byte, tmp_path):
+    source = write(tmp_path / "sft.jsonl", dict(text="good"), "", row)
+    examples, report = load_examples(source, False, byte, *LIMITS)
+    assert report == f"{source}: 1 examples of 2 rows; skipped: 1 {kind} (first {source}:3); cut: none" and len(examples) == 1
+
+
+def test_preference_rows_with_implicit_conversation(byte, tmp_path):
+    source = write(tmp_path / "sft.jsonl", dict(chosen=turns("Hi", "Hello"), rejected=turns("Hi", "No")),
+                   dict(prompt="Hi", chosen=turns("Hi", "Hello"), rejected=turns("Hi", "No")))
+    examples, _ = load_examples(source, False, byte, *LIMITS)
+    assert [example_text(byte, example) for example in examples] == [("<s>[user]Hi[assistant]", "Hello</s>")] * 2
+
+
+def test_cut_demonstrations(byte, tmp_path):
+    rows = [dict(prompt="0123456789", completion="abcdef"), dict(text="abcdefghijklmnop"), dict(text="abcdefghijk")]
+    source = write(tmp_path / "sft.jsonl", *rows)
+    load = lambda truncation: load_examples(source, False, byte, 259, 12, 8, truncation)
+    examples, report = load("keep_end")
+    assert [example_text(byte, example) for example in examples] == [("<s>3456789", "abcd"), *[("<s>", "abcdefghijk")] * 2]
+    assert report.endswith(f"skipped: none; cut: 1 prompt (first {source}:1), 3 response (first {source}:1)")
+    assert example_text(byte, load("keep_start")[0][0]) == ("<s>0123456", "abcd")
+    assert f"1 prompt too long (first {source}:1)" in load("drop")[1]
+
+
+# ------------------------------------------------------------------------------------------------- order, packing, dealing
+def test_epoch_order():
+    for n, seed, epoch in itertools.product((1, 2, 7, 100), (0, 1), (0, 1, 2)):
+        order = epoch_order(n, seed, epoch)
+        random.seed(n)  # nothing outside its arguments matters
+        torch.manual_seed(n)
+        assert epoch_order(n, seed, epoch) == order and sorted(order) == list(range(n))
+    orders = {tuple(epoch_order(100, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+    assert epoch_order(10, 0, 0) == [1, 0, 2, 4, 9, 3, 8, 6, 7, 5]  # on every machine: a run goes on elsewhere
+    assert epoch_order(10, 7, 3) == [1, 9, 7, 3, 5, 4, 2, 6, 8, 0]
+
+
+def test_pack():
+    rng = random.Random(0)
+    for n, capacity in itertools.product((1, 2, 3, 10, 60), (1, 5, 32)):
+        for _ in range(5):
+            lengths = [rng.randint(1, capacity) for _ in range(n)]
+            rows = pack(lengths, capacity)
+            assert sorted(i for row in rows for i in row) == list(range(n))
+            loads = [sum(lengths[i] for i in row) for row in rows]
+            assert all(rows) and max(loads) <= capacity
+            # First fit leaves no two rows that would fit in one, so fewer than twice the least possible number.
+            assert all(a + b > capacity for a, b in itertools.combinations(loads, 2))
+            assert rows == pack(lengths, capacity)
+    assert pack([3, 5, 2, 7, 4], 8) == [[3], [1, 0], [4, 2]]
+    assert pack([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
+
+
+def test_deal():
+    rng = random.Random(0)
+    for n, micro_batch_size, world in itertools.product((*range(1, 20), 64), (1, 2, 3, 8), (1, 2, 3, 4, 7)):
+        lengths = [rng.randint(1, 50) for _ in range(n)]
+        rounds = deal(lengths, micro_batch_size, world)
+        assert rounds == deal(lengths, micro_batch_size, world)
+        assert len(rounds) == math.ceil(n / (micro_batch_size * world))  # no more forwards than needed
+        assert all(len(ranks) == world for ranks in rounds)  # every rank takes part in every round
+        groups = [group for ranks in rounds for group in ranks]
+        assert sorted(i for group in groups for i in group) == list(range(n))  # everything exactly once
+        assert max(map(len, groups)) <= micro_batch_size
+        assert max(map(len, groups)) - min(map(len, groups)) <= 1  # no rank idles while another has two more
+        dealt = [lengths[i] for group in groups for i in group]
+        assert dealt == sorted(lengths, reverse=True)  # neighbours in length together
+
+
+# ------------------------------------------------------------------------------------------------------------------ collate
+def seen(batch, b, t):
+    """The tokens that position t of row b sees, itself included, by the rule of LlamaModel.forward, in order of position."""
+    segments = batch["segments"][b].tolist()
+    keys = [k for k in range(t + 1) if segments[k] == segments[t] or (segments[k] == 0 and segments[t] > 0)]
+    positions = batch["positions"][b, keys].tolist()
+    assert positions == list(range(len(keys)))  # a text's tokens stand at 0, 1, 2, ..: what rotary embedding needs
+    return batch["ids"][b, keys].tolist()
+
+
+def check_batch(batch, sequences):
+    """`sequences` (context, targets): target i of each is predicted from exactly context + targets[:i], read off the masks."""
+    B, T = batch["ids"].shape
+    assert all(batch[name].shape == (B, T) for name in ("positions", "segments"))
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert batch["cu_seqlens"].tolist() == [0, *itertools.accumulate(len(targets) for _, targets in sequences)]
+    assert batch["targets"].tolist() == [token for _, targets in sequences for token in targets]
+    contexts = [[*context, *targets[:i]] for context, targets in sequences for i in range(len(targets))]
+    assert len(batch["predict"]) == len(contexts)
+    for index, context in zip(batch["predict"].tolist(), contexts):
+        assert seen(batch, *divmod(index, T)) == context
+        assert batch["segments"].flatten()[index] >= 0
+    assert (batch["segments"][:, -1] >= 0).any()  # no column of padding alone
+
+
+def random_pair(rng, longest=9):
+    return Pair(*(array("i", [rng.randrange(1, 256) for _ in range(rng.randint(1, longest))]) for _ in range(3)))
+
+
+@pytest.mark.parametrize("shared_prompt", [True, False])
+def test_collate_pairs(shared_prompt):
+    rng = random.Random(0)
+    for n in (1, 2, 5, 8):
+        pairs = [random_pair(rng) for _ in range(n)]
+        batch = train_pref.collate_pairs(pairs, shared_prompt, torch.device("cpu"))
+        check_batch(batch, [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)])
+        rows = [[*p.prompt, *p.chosen, *p.rejected] for p in pairs] if shared_prompt else [
+            [*p.prompt, *r] for p in pairs for r in (p.chosen, p.rejected)]
+        T = max(map(len, rows))
+        assert batch["ids"].tolist() == [row + [0] * (T - len(row)) for row in rows]  # the prompt once, or twice
+        assert (batch["segments"] >= 0).tolist() == [[t < len(row) for t in range(T)] for row in rows]
+    assert pairs == [Pair(*map(array, "iii", (p.prompt, p.chosen, p.rejected))) for p in pairs]
+
+
+def test_collate_pairs_by_hand():
+    pairs = [Pair(*(array("i", ids) for ids in three)) for three in (([1, 2], [3, 4], [5]), ([6], [7], [8]))]
+    batch = train_pref.collate_pairs(pairs, True, torch.device("cpu"))
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == dict(
+        ids=[[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]], positions=[[0, 1, 2, 3, 2], [0, 1, 1, 0, 0]],
+        segments=[[0, 0, 1, 1, 2], [0, 1, 2, -1, -1]], predict=[1, 2, 1, 5, 5], targets=[3, 4, 5, 7, 8], cu_seqlens=[0, 2, 3, 4, 5])
+    batch = train_pref.collate_pairs(pairs[:1], False, torch.device("cpu"))
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == dict(
+        ids=[[1, 2, 3, 4], [1, 2, 5, 0]], positions=[[0, 1, 2, 3], [0, 1, 2, 0]], segments=[[0, 0, 1, 1], [0, 0, 2, -1]],
+        predict=[1, 2, 5], targets=[3, 4, 5], cu_seqlens=[0, 2, 3])
+
+
+def test_collate_examples():
+    rng = random.Random(0)
+    for _ in range(20):
+        examples = []
+        for _ in range(rng.randint(1, 12)):
+            ids = array("i", [rng.randrange(1, 256) for _ in range(rng.randint(2, 12))])
+            examples.append(Example(ids, rng.randint(1, len(ids) - 1)))
+        rows = [[examples[i] for i in row] for row in pack([len(example.ids) for example in examples], 16)]
+        batch = train_sft.collate_examples(rows, torch.device("cpu"))
+        check_batch(batch, [(example.ids[: example.first], example.ids[example.first :]) for row in rows for example in row])
+        assert batch["ids"].shape == (len(rows), max(sum(len(example.ids) for example in row) for row in rows))
+        assert (batch["segments"] >= 0).sum(1).tolist() == [sum(len(example.ids) for example in row) for row in rows]
