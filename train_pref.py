@@ -90,16 +90,17 @@ def rpo_loss(pc, pr, rc, rr, *, beta, eta, chosen_lengths=None):
     return dpo_loss(pc, pr, rc, rr, beta=beta) + beta * eta * nll
 
 
-def chi_po_link(rho):
-    """phi(rho) = exp(clip(rho, -88, 20)) + rho: the chi-squared plus KL link of chi-PO, as published."""
-    return rho.clamp(-88, 20).exp() + rho
+def chi_po_logits(pc, pr, rc, rr, *, beta):
+    """beta (phi(rho_w) - phi(rho_l)) with chi-PO's chi-squared plus KL link phi(rho) = exp(clip(rho, -88, 20)) + rho, as published.
+    Like terms are subtracted first: beside exp(20) a float32 does not hold rho."""
+    rho_w, rho_l = pc - rc, pr - rr
+    return beta * ((rho_w.clamp(-88, 20).exp() - rho_l.clamp(-88, 20).exp()) + (rho_w - rho_l))
 
 
 def chi_po_loss(pc, pr, rc, rr, *, beta, r_max):
     """-log sigmoid(clip(beta (phi(rho_w) - phi(rho_l)), -2 R, 2 R)): Huang et al. 2025, Algorithm 1, as published. A pair at
     the clip has no gradient: `chi/clipped` counts them."""
-    logits = beta * (chi_po_link(pc - rc) - chi_po_link(pr - rr))
-    return -F.logsigmoid(logits.clamp(-2 * r_max, 2 * r_max))
+    return -F.logsigmoid(chi_po_logits(pc, pr, rc, rr, beta=beta).clamp(-2 * r_max, 2 * r_max))
 
 
 def length_dpo_loss(pc, pr, rc, rr, *, beta, alpha, chosen_lengths, rejected_lengths):
@@ -168,7 +169,7 @@ def preference_metrics(args, logps, ref_logps, lengths):
     metrics = {name: value.item() for name, value in metrics.items()}
     metrics |= {"weights/log_p10": p10, "weights/log_p50": p50, "weights/log_p90": p90}
     if args.loss == "chi_po":
-        logits = args.beta * (chi_po_link(rho_w) - chi_po_link(rho_l))
+        logits = chi_po_logits(pc, pr, rc, rr, beta=args.beta)
         metrics["chi/clipped"] = (logits.abs() >= 2 * args.r_max).float().mean().item()
     return metrics
 
@@ -502,8 +503,9 @@ class UserError(ValueError):
 def guard(main):
     """Run main and turn a user's mistake into one line and exit code 1. Ranks above 0 let rank 0 speak first: torchrun ends
     them when it exits; if rank 0 saw nothing wrong, they speak for themselves."""
+    code = None
     try:
-        main()
+        code = main()  # returns, and does not raise, its exit code: what a traceback keeps alive hangs at exit, now and then
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -512,10 +514,8 @@ def guard(main):
         os._exit(1)  # no clean-up that would wait for other ranks
     except KeyboardInterrupt:  # before training there is nothing to save
         os._exit(130)
-    except SystemExit:
-        dist.destroy_process_group()
-        raise
     dist.destroy_process_group()
+    sys.exit(code)
 
 
 def start(seed, timeout):
@@ -577,12 +577,12 @@ def run_header(script, args, world, device, **more):
     return dict(script=script, args=vars(args), commit=commit or None, versions=versions, device=name, world=world, **more)
 
 
-def open_metrics(path, header, step):
-    """metrics.jsonl, ready for the lines after `step`. On resume later lines go (they will be written again, the same), and a
-    line that a kill cut in two; at step 0 it holds the header alone."""
+def open_metrics(path, header, resumed):
+    """metrics.jsonl, ready for the lines after those of the checkpoint `resumed`, or with the header alone. Later lines go (they
+    will be written again, the same), and a line that a kill cut in two."""
     kept = [json.dumps(header)]
-    if step:
-        lines = path.read_text().split("\n")[:-1]
+    if resumed:
+        lines, step = path.read_text().split("\n")[:-1], int(resumed.name.removeprefix("step_"))
         kept = lines[:1] + [line for line in lines[1:] if json.loads(line)["step"] <= step]
     write_aside(path, lambda aside: aside.write_text("\n".join(kept) + "\n"))
     return path.open("a")
@@ -1031,13 +1031,18 @@ def weights_sha256(directory):
 
 
 def verify(directory):
-    """Check a checkpoint of ours against its manifest; a directory without one is somebody else's. Raises UserError."""
-    directory = Path(directory)
-    if (directory / "manifest.json").exists():
-        for name, digest in json.loads((directory / "manifest.json").read_text()).items():
-            if not (directory / name).exists() or sha256(directory / name) != digest:
-                raise UserError(f"{directory / name} is missing or differs from manifest.json: the checkpoint is damaged; delete"
-                                f" {directory} to go on from the one before")
+    """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's. Raises
+    UserError naming the first file that is damaged."""
+    manifest, damaged = directory / "manifest.json", None
+    if manifest.exists() or (directory / "trainer").exists():
+        try:
+            digests = json.loads(manifest.read_text())
+            damaged = next((n for n, d in digests.items() if not (directory / n).exists() or sha256(directory / n) != d), None)
+        except (OSError, ValueError):
+            damaged = manifest.name
+    if damaged:
+        raise UserError(f"{directory / damaged} is missing or differs from what was written: the checkpoint is damaged; delete"
+                        f" {directory} to go on from the one before")
     return directory
 
 
@@ -1174,7 +1179,7 @@ def checkpoint_to_resume(out, header):
     """-> out/final if the run is complete, its newest checkpoint, or None to begin. `header` is the line that this run would
     begin metrics.jsonl with. Raises UserError where `out` holds something else or another run."""
     out.mkdir(parents=True, exist_ok=True)
-    if not any(out.iterdir()):
+    if all(path.name.startswith(".") for path in out.iterdir()):  # nothing, or what a kill left of the very first file
         return None
     if header["args"]["resume"] == "never":
         raise UserError(f"--resume never, and {out} is not empty: choose another --out")
@@ -1249,6 +1254,8 @@ def main():
         say(f"{resumed} exists: this run is complete. Give another --out to begin a new one.")
         return
 
+    metrics_file = open_metrics(out / "metrics.jsonl", header, resumed) if rank == 0 else None
+
     # Reference log-probs, computed once, by the path that training takes, and read from their file ever after
     how = dict(device=device, kernel=args.kernel, precision=args.precision, shard=args.shard, compile_layers=args.compile,
                checkpoint_activations=args.checkpoint_activations)
@@ -1276,7 +1283,6 @@ def main():
         say(f"resumed from {resumed}")
     # The sum over ranks comes once a step; the buckets are the gradients themselves, so DDP costs no memory.
     model = policy if args.shard or world == 1 else DistributedDataParallel(policy, gradient_as_bucket_view=True)
-    metrics_file = open_metrics(out / "metrics.jsonl", header, state["step"]) if rank == 0 else None
     track = make_tracker(args.track if rank == 0 else "none", out, args)
     say(f"{args.loss}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters, {len(pairs)} pairs, {total} steps of"
         f" {args.batch_size}, beta {args.beta:g}, weight cap {cap} nats, {world} x {header['device']}, {args.precision} -> {out}")
@@ -1321,7 +1327,7 @@ def main():
             on_rank_0(lambda: prune(out, args.keep))
         if signum:
             say(f"stopped by signal {signum} after step {step}; the same command goes on from there")
-            raise SystemExit(128 + signum)
+            return 128 + signum
 
     bar.close()
     save_checkpoint(out / "final", policy, tokenizer, model_dir)

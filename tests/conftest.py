@@ -4,6 +4,7 @@ Nothing is downloaded. A test that needs something absent (a GPU, an optional pa
 """
 
 import importlib.util
+import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from runs import finish, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -137,3 +139,38 @@ def process_group():
     assert (rank, world) == (0, 1)
     yield device
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_pref", "train_sft", "runs", "transformers.convert_slow_tokenizer",
+                                    "transformers.models.auto.tokenization_auto"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *([before] if before else [])])
+    os.environ["CUDA_VISIBLE_DEVICES"], visible = "", os.environ.get("CUDA_VISIBLE_DEVICES")
+    multiprocessing.forkserver.ensure_running()
+    for name, value in (("PYTHONPATH", before), ("CUDA_VISIBLE_DEVICES", visible)):
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    return context
+
+
+@pytest.fixture
+def run_script(context, tmp_path):
+    """-> run_script(script) -> run(*argv, world=1, call=, action=, on_rank=) -> Result; run.start does not wait for the end."""
+    everything = []
+
+    def of(script):
+        def start(*argv, **how):
+            everything.append(launch(context, script, tmp_path / f"log{len(everything)}", argv, **how))
+            return everything[-1]
+
+        def run(*argv, **how):
+            return finish(start(*argv, **how))
+
+        run.start = start
+        return run
+
+    yield of
+    for process, _ in (one for started in everything for one in started):
+        process.kill()

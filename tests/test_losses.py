@@ -211,8 +211,8 @@ def trl_setup(tiny_llama, tmp_path_factory):
             param.add_(0.02 * torch.randn(param.shape, generator=generator))
     ref.save_pretrained(ref_dir)
     rows = [dict(prompt="<s>" + "abc " * n + "tl;dr:", chosen=" yes" * (7 - n), rejected=" no" * n + "!") for n in range(1, 7)]
-    config = DPOConfig(output_dir=str(tmp / "out"), per_device_train_batch_size=6, beta=0.1, bf16=False, report_to=[], use_cpu=True,
-                       gradient_checkpointing=False, disable_dropout=True)
+    config = DPOConfig(output_dir=str(tmp / "out"), per_device_train_batch_size=6, beta=0.1, bf16=False, report_to=[],
+                       use_cpu=True, gradient_checkpointing=False, disable_dropout=True)
     trainer = DPOTrainer(model=AutoModelForCausalLM.from_pretrained(policy_dir), ref_model=ref, args=config,
                          train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(policy_dir))
     return SimpleNamespace(trainer=trainer, rows=rows, policy_dir=policy_dir, ref_dir=ref_dir, tmp=tmp)
@@ -247,11 +247,9 @@ def ours(flags, logps, lengths):
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5])
 def test_trl_formulas(trl_setup, beta):
     logps, lengths = make_logps(64, torch.float64, seed=4)
-    compare = lambda types, flags: torch.testing.assert_close(
-        trl_loss(trl_setup.trainer, types, [1.0], beta, 0.0, logps, lengths), ours(f"{flags} --beta {beta}", logps, lengths).mean(),
-        rtol=1e-10, atol=0)
-    compare(["sigmoid"], "--loss dpo")
-    compare(["ipo"], "--loss ipo --length_average")  # TRL's ipo averages over tokens
+    for kind, flags in (("sigmoid", "--loss dpo"), ("ipo", "--loss ipo --length_average")):  # TRL's ipo averages over tokens
+        expected = trl_loss(trl_setup.trainer, [kind], [1.0], beta, 0.0, logps, lengths)
+        torch.testing.assert_close(ours(f"{flags} --beta {beta}", logps, lengths).mean(), expected, rtol=1e-10, atol=0)
 
 
 def test_trl_label_smoothing(trl_setup):
@@ -332,7 +330,8 @@ def test_policy_equal_to_reference(dtype):
     logps, lengths = at_reference(dtype)
     log_2 = torch.tensor(2.0, dtype=dtype).log()
     ulp = torch.finfo(dtype).eps
-    for flags in ("--loss dpo", "--loss dpo --label_smoothing 0.3", "--loss is_dpo", "--loss is_dpo --log_eps inf", "--loss chi_po"):
+    for flags in ("--loss dpo", "--loss dpo --label_smoothing 0.3", "--loss is_dpo", "--loss is_dpo --log_eps inf",
+                  "--loss chi_po"):
         losses, weights = tp.preference_loss(tp.parse_args(flags.split()), *logps, *lengths)
         assert (weights == 1).all()
         assert ((losses - log_2).abs() <= ulp).all(), flags
@@ -369,7 +368,9 @@ def test_cap(log_eps):
 
 def test_cap_is_of_the_pair():
     """One response may spend what the other saves: the cap is on the sum of the log-ratios, 2 log_eps, not on each."""
-    weight = lambda rho_w, rho_l: tp.importance_weights(*(torch.tensor([float(x)]) for x in (rho_w, rho_l, 0, 0)), log_eps=1.0).item()
+    def weight(*rho):
+        return tp.importance_weights(*(torch.tensor([float(x)]) for x in (*rho, 0, 0)), log_eps=1.0).item()
+
     assert weight(5, -4) == pytest.approx(math.e, rel=1e-6)
     assert weight(1.5, 0.25) == pytest.approx(math.exp(1.75), rel=1e-6)
     assert weight(1.5, 1.5) == weight(40, 40) == pytest.approx(math.exp(2), rel=1e-6)
@@ -444,8 +445,9 @@ def test_metrics(flags):
     cap = 2 * args.log_eps
     weighted = args.loss.startswith("is_")
     weights = np.exp(np.minimum(total, cap)) if weighted else np.ones(101)
-    base = {"dpo": lambda: oracle_dpo(pc, pr, rc, rr, 0.1), "is_dpo": lambda: oracle_dpo(pc, pr, rc, rr, 0.1),
-            "is_ipo": lambda: oracle_ipo(pc, pr, rc, rr, 0.1), "chi_po": lambda: oracle_chi_po(pc, pr, rc, rr, 0.1, 10.0)}[args.loss]()
+    logps = pc, pr, rc, rr
+    base = {"dpo": lambda: oracle_dpo(*logps, 0.1), "is_dpo": lambda: oracle_dpo(*logps, 0.1),
+            "is_ipo": lambda: oracle_ipo(*logps, 0.1), "chi_po": lambda: oracle_chi_po(*logps, 0.1, 10.0)}[args.loss]()
     expected = {
         "loss": np.mean(weights * base),
         "rewards/chosen": np.mean(0.1 * rho_w),
@@ -477,7 +479,11 @@ def test_metrics(flags):
 def test_effective_sample_size():
     """Equal weights: the batch; one pair with all the weight: 1."""
     args = tp.parse_args("--loss is_dpo --log_eps inf".split())
-    ess = lambda rho: tp.preference_metrics(args, torch.tensor(rho)[:, None].expand(-1, 2), torch.zeros(4, 2), torch.ones(4, 2))["weights/ess"]
+
+    def ess(rho):
+        logps = torch.tensor(rho)[:, None].expand(-1, 2)
+        return tp.preference_metrics(args, logps, torch.zeros(4, 2), torch.ones(4, 2))["weights/ess"]
+
     assert ess([0.7] * 4) == pytest.approx(4, rel=1e-6)
     assert ess([20.0, 0.0, 0.0, 0.0]) == pytest.approx(1, rel=1e-6)
 

@@ -1,6 +1,6 @@
 """The toy task: its grammar, its truth, its tokenizer, and that toy/ holds what toy/make.py makes.
 
-Run by `python -m pytest tests/test_toy.py`, about 40 s on one core: the two --check runs make the whole of toy/ again.
+Run by `python -m pytest tests/test_toy.py`, about a minute on one core: the two --check runs make the whole of toy/ again.
 """
 
 import gzip

@@ -1,24 +1,18 @@
 """train_pref.py end to end: its batches and forward against transformers, and whole runs - ranks, resuming, signals, damage,
-wrong flags - through its command line.
-
-Runs are started from a fork server that has imported train_pref already: real processes with real exit codes and signals,
-without seconds of imports for each. What torchrun itself does is tested with torchrun.
+wrong flags - through its command line (runs.py starts it). What torchrun itself does is tested with torchrun.
 """
 
 import ast
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from array import array
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,109 +23,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_pref as tp
+from runs import Result, finish, launch
 
 ROOT = Path(tp.__file__).resolve().parent
 SOURCE = Path(tp.__file__).read_text()
 
 
 # ------------------------------------------------------------------------------------------------------- running it
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    def ok(self):
-        assert self.code == 0, self.err or self.out
-        return self
-
-    def refused(self, *words):
-        """Exit code 1 and one line, which holds the words: no traceback."""
-        lines = [line for line in self.err.splitlines() if line.strip()]
-        assert self.code == 1 and "Traceback" not in self.err, self.err
-        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
-        for word in words:
-            assert str(word) in lines[0], (word, lines[0])
-        return self
-
-
-def child(argv, env, log, call, action):
-    """In the forked process: train_pref's command line, with output in the files log.out and log.err. With `action` (a signal's
-    number, or "nan") something happens to the call-th training step."""
-    for suffix, descriptor in ((".out", 1), (".err", 2)):
-        os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.environ.update(env)
-    sys.argv = ["train_pref.py", *argv]
-    calls, train_step, preference_loss = 0, tp.train_step, tp.preference_loss
-
-    def step(*args):
-        nonlocal calls
-        calls += 1
-        if calls == call and action == "nan":
-            tp.preference_loss = lambda *a: tuple(math.nan * x for x in preference_loss(*a))
-        elif calls == call:
-            signal.raise_signal(action)
-        result = train_step(*args)
-        tp.preference_loss = preference_loss
-        return result
-
-    if action is not None:
-        tp.train_step = step
-    tp.guard(tp.main)
-
-
-@pytest.fixture(scope="session")
-def context():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_pref", "transformers.convert_slow_tokenizer", "transformers.models.auto.tokenization_auto",
-                                    "torch.nn.parallel", "test_train_pref"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *([before] if before else [])])
-    os.environ["CUDA_VISIBLE_DEVICES"], visible = "", os.environ.get("CUDA_VISIBLE_DEVICES")
-    multiprocessing.forkserver.ensure_running()
-    for name, value in (("PYTHONPATH", before), ("CUDA_VISIBLE_DEVICES", visible)):
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-    return context
-
-
 @pytest.fixture
-def cli(context, tmp_path):
-    """-> run(*argv, world=1, call=, action=, on_rank=0) -> Result of rank 0; the ranks' exit codes must agree."""
-    count, processes = 0, []
-
-    def start(*argv, world=1, call=0, action=None, on_rank=0):
-        nonlocal count
-        count += 1
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        started = []
-        for rank in range(world):
-            env = {} if world == 1 else dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            log = tmp_path / f"log{count}.{rank}"
-            process = context.Process(target=child, args=(list(map(str, argv)), {k: str(v) for k, v in env.items()}, str(log), call,
-                                                          action if rank == on_rank else None))
-            process.start()
-            started.append((process, log))
-            processes.append(process)
-        return started
-
-    def finish(started):
-        for process, log in started:
-            process.join(60)
-        assert len({process.exitcode for process, _ in started}) == 1, [
-            (process.exitcode, Path(f"{log}.err").read_text()) for process, log in started]
-        process, log = started[0]
-        return Result(process.exitcode, Path(f"{log}.out").read_text(), Path(f"{log}.err").read_text())
-
-    def run(*argv, **how):
-        return finish(start(*argv, **how))
-
-    run.start, run.finish = start, finish
-    yield run
-    for process in processes:
-        if process.is_alive():
-            process.kill()
+def cli(run_script):
+    """-> run(*argv, world=1, call=, action=, on_rank=) -> Result of train_pref.py; cli.start does not wait for the end."""
+    return run_script("train_pref")
 
 
 def write_pairs(path, n, seed=0):
@@ -155,8 +57,10 @@ def data(tmp_path_factory):
 
 def flags(model_dir, data, out, *more, **values):
     """The command line of a small run; `values` go over the defaults below."""
-    values = dict(model=model_dir, data=data, eval_data="", out=out, loss="is_dpo", beta=0.1, epochs=2, batch_size=4, micro_batch_size=3,
-                  lr=1e-3, warmup_steps=2, max_length=48, max_prompt_length=28, save_every=0, eval_every=0, precision="fp32") | values
+    defaults = dict(model=model_dir, data=data, eval_data="", out=out, loss="is_dpo", beta=0.1, epochs=2, batch_size=4,
+                    micro_batch_size=3, lr=1e-3, warmup_steps=2, max_length=48, max_prompt_length=28, save_every=0, eval_every=0,
+                    precision="fp32")
+    values = defaults | values
     return [*(word for name, value in values.items() for word in (f"--{name}", value)), *more]
 
 
@@ -259,7 +163,8 @@ def test_shared_prompt_equals_plain_rows(case, process_group, monkeypatch):
     torch.testing.assert_close(shared[1], plain[1], rtol=1e-5, atol=1e-5)  # a token
     torch.testing.assert_close(shared[0], plain[0], rtol=1e-5, atol=1e-5)
     ref = spread_refs(model, pairs, torch.float32)
-    a, b = (summed_gradients(model, pairs, ref, monkeypatch, more=[form])[1] for form in ("--shared_prompt", "--no-shared_prompt"))
+    forms = "--shared_prompt", "--no-shared_prompt"
+    a, b = (summed_gradients(model, pairs, ref, monkeypatch, more=[form])[1] for form in forms)
     assert gradient_difference(a, b) < 1e-4
 
 
@@ -267,7 +172,8 @@ def test_shared_prompt_equals_plain_rows_in_float64(case, process_group, monkeyp
     directory, pairs = case
     model = load(directory, torch.float64)
     ref = spread_refs(model, pairs, torch.float64)
-    (logps, a), (plain, b) = (summed_gradients(model, pairs, ref, monkeypatch, more=[f]) for f in ("--shared_prompt", "--no-shared_prompt"))
+    forms = "--shared_prompt", "--no-shared_prompt"
+    (logps, a), (plain, b) = (summed_gradients(model, pairs, ref, monkeypatch, more=[form]) for form in forms)
     assert logps.dtype == torch.float64
     torch.testing.assert_close(logps, plain, rtol=1e-12, atol=0)
     assert gradient_difference(a, b) < 1e-12
@@ -442,12 +348,14 @@ def test_files_of_a_run(cli, model_dir, data, tmp_path):
     out, held_out = tmp_path / "run", write_pairs(tmp_path / "eval.jsonl", 7, seed=9)
     rows = data.read_text().splitlines()
     with_holes = tmp_path / "holes.jsonl"  # rows 1 and 3 cannot be used
-    with_holes.write_text("\n".join([rows[0], '{"prompt": "p", "chosen": "", "rejected": "x"}', rows[1], '{"prompt": 3}', *rows[2:10]]) + "\n")
-    cli(*flags(model_dir, with_holes, out, loss="dpo", eval_data=held_out, eval_every=2, save_every=1, keep=1, max_steps=5)).ok()
+    rows[1:1], rows[3:3] = ['{"prompt": "p", "chosen": "", "rejected": "x"}'], ['{"prompt": 3}']
+    with_holes.write_text("\n".join(rows[:12]) + "\n")
+    evaluated = dict(eval_data=held_out, eval_every=2)
+    cli(*flags(model_dir, with_holes, out, loss="dpo", save_every=1, keep=1, max_steps=5, **evaluated)).ok()
 
     # --keep 1
-    assert sorted(p.name for p in out.iterdir()) == ["final", "metrics.jsonl", "ref_logps.safetensors", "ref_logps_eval.safetensors",
-                                                     "step_000005"]
+    assert sorted(p.name for p in out.iterdir()) == ["final", "metrics.jsonl", "ref_logps.safetensors",
+                                                     "ref_logps_eval.safetensors", "step_000005"]
     # Reference log-probs
     with safe_open(out / "ref_logps.safetensors", "pt") as file:
         assert set(file.keys()) == {"chosen", "rejected", "index"} and file.metadata()["fingerprint"]
@@ -484,10 +392,11 @@ def test_files_of_a_run(cli, model_dir, data, tmp_path):
     # The log
     header = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     assert {"args", "commit", "versions", "device", "data"} <= header.keys() and header["args"]["loss"] == "dpo"
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3])
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3])
     promised = ("loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected grad_norm"
-                " learning_rate epoch num_tokens ratio/chosen ratio/rejected weights/mean weights/ess weights/capped weights/log_p10"
-                " weights/log_p50 weights/log_p90").split()
+                " learning_rate epoch num_tokens ratio/chosen ratio/rejected weights/mean weights/ess weights/capped"
+                " weights/log_p10 weights/log_p50 weights/log_p90").split()
     assert all(line.keys() >= set(promised) and all(line[name] is not None for name in promised) for line in lines)
     tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
     assert lines[2]["num_tokens"] == tokens  # after one epoch
@@ -503,11 +412,8 @@ def lone_run(context, model_dir, tmp_path_factory):
     """34 pairs in steps of 8: the fifth step has two pairs, fewer than four ranks. One rank, micro-batches of 8, no sharding."""
     tmp = tmp_path_factory.mktemp("lone")
     data, out = write_pairs(tmp / "pairs.jsonl", 34, seed=4), tmp / "run"
-    process = context.Process(target=child, args=([str(x) for x in flags(model_dir, data, out, epochs=1, batch_size=8, micro_batch_size=8)],
-                                                  {}, str(tmp / "log"), 0, None))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0, (tmp / "log.err").read_text()
+    argv = flags(model_dir, data, out, epochs=1, batch_size=8, micro_batch_size=8)
+    finish(launch(context, "train_pref", tmp / "log", argv)).ok()
     return data, out
 
 
@@ -537,25 +443,14 @@ STEPS = dict(max_steps=8, save_every=2)
 
 @pytest.fixture(scope="module")
 def straight(context, model_dir, data, tmp_path_factory):
-    """-> run(name): the run without interruption, made once: name is "1", "1 --shard" or "2"."""
+    """-> make(name) -> the run without interruption, made once; the name is its ranks and flags: "1", "2 --shard"."""
     made = {}
 
     def make(name):
         if name not in made:
             tmp = tmp_path_factory.mktemp("straight")
-            world, more = int(name[0]), name.split()[1:]
-            argv = [str(x) for x in flags(model_dir, data, tmp / "run", *more, **STEPS)]
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            ranks = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(world)]
-            processes = [context.Process(target=child, args=(argv, env if world > 1 else {}, str(tmp / f"log{r}"), 0, None))
-                         for r, env in enumerate(ranks)]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(60)
-            assert [p.exitcode for p in processes] == [0] * world, (tmp / "log0.err").read_text()
+            argv = flags(model_dir, data, tmp / "run", *name.split()[1:], **STEPS)
+            finish(launch(context, "train_pref", tmp / "log", argv, world=int(name[0]))).ok()
             made[name] = tmp / "run"
         return made[name]
 
@@ -605,7 +500,8 @@ def test_resume_from_an_earlier_checkpoint(cli, straight, model_dir, data, tmp_p
 def test_resume_on_another_number_of_ranks(cli, straight, model_dir, data, tmp_path, first, then):
     out = tmp_path / "run"
     for name, code, action in ((first, 143, signal.SIGTERM), (then, 0, None)):
-        assert cli(*flags(model_dir, data, out, *name.split()[1:], **STEPS), world=int(name[0]), call=3, action=action).code == code
+        argv = flags(model_dir, data, out, *name.split()[1:], **STEPS)
+        assert cli(*argv, world=int(name[0]), call=3, action=action).code == code
     assert largest_difference(straight("1") / "final" / "model.safetensors", out / "final" / "model.safetensors") < 1e-6
     for name in ("exp_avg", "exp_avg_sq"):
         trainers = (run / "step_000008" / "trainer" / f"{name}.safetensors" for run in (straight("1"), out))
@@ -622,7 +518,7 @@ def test_signals_from_outside(cli, model_dir, data, tmp_path):
             assert time.monotonic() < deadline and started[0][0].is_alive()
             time.sleep(0.02)
         os.kill(started[0][0].pid, signum)
-        result = cli.finish(started)
+        result = finish(started)
         assert result.code == code and "Traceback" not in result.err, result.err
         last = metrics_of(out)[-1]["step"]
         assert [p.name for p in out.glob("step_*")] == [f"step_{last:06d}"]
@@ -635,7 +531,8 @@ def test_second_run_in_the_same_directory(cli, straight, model_dir, data, tmp_pa
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     argv = flags(model_dir, data, out, **STEPS)
     assert "this run is complete" in cli(*argv).ok().out
-    assert "this run is complete" in cli(*argv, "--micro_batch_size", 1, "--keep", 2, "--shard").ok().out  # flags that fit the machine
+    to_the_machine = "--micro_batch_size", 1, "--keep", 2, "--shard"  # flags that may differ
+    assert "this run is complete" in cli(*argv, *to_the_machine).ok().out
     cli(*argv, "--beta", 0.2, "--lr", 2e-3, "--loss", "dpo").refused(
         "beta was 0.1, is 0.2", "loss was 'is_dpo', is 'dpo'", "lr was 0.001, is 0.002", out)
     cli(*argv, "--resume", "never").refused("--resume never", out)
@@ -667,13 +564,13 @@ def test_a_run_killed_before_its_first_step(cli, model_dir, data, tmp_path):
     argv = flags(model_dir, data, out, max_steps=1)
     cli(*argv).ok()
     shutil.rmtree(out / "final")
-    (out / "metrics.jsonl").unlink()
-    assert [p.name for p in out.iterdir()] == ["ref_logps.safetensors"]  # as a kill at that moment leaves it
+    header = (out / "metrics.jsonl").read_text().splitlines()[0]
+    (out / "metrics.jsonl").write_text(header + "\n")  # as a kill at that moment leaves it
     cli(*argv, "--resume", "never").refused("--resume never")
     cli(*argv).ok()
     shutil.rmtree(out)
     out.mkdir()
-    (out / ".ref_logps.safetensors.tmp").write_bytes(b"half")
+    (out / ".metrics.jsonl.tmp").write_bytes(b"half")
     cli(*argv).ok()
     assert sorted(p.name for p in out.iterdir()) == ["final", "metrics.jsonl", "ref_logps.safetensors"]
 
@@ -784,7 +681,8 @@ def test_two_ranks_say_an_error_once(model_dir, data, tmp_path, world_started):
     out.mkdir()
     (out / "chapter1.txt").write_text("words")
     argv = flags(model_dir, data, out, *([] if world_started else ["--loss", "dpo", "--log_eps", "3"]))
-    result = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train_pref.py", *argv, cwd=tmp_path)
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    result = python(*torchrun, ROOT / "train_pref.py", *argv, cwd=tmp_path)
     assert result.code == 1
     assert len(re.findall(r"(?m)^error: ", result.err)) == 1, result.err
     assert ("holds no run" if world_started else "--log_eps is not read by --loss dpo") in result.err
@@ -812,7 +710,8 @@ def test_no_dead_flags():
     """Every attribute of the parsed flags is read, as args.name or header["args"]["name"], where the work is done and not only
     where flags are checked. --preset is read by the parser itself."""
     tree = ast.parse(SOURCE)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in ("parse_args", "parse_with_preset", "common_flags")]
+    checks = "parse_args", "parse_with_preset", "common_flags"
+    tree.body = [node for node in tree.body if getattr(node, "name", "") not in checks]
     read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
             and isinstance(node.value, ast.Name) and node.value.id == "args"}
     read |= set(re.findall(r'\["args"\]\["(\w+)"\]', SOURCE))
