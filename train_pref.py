@@ -471,7 +471,8 @@ def read_ref_logps(path, fingerprint):
 
 def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
     """One optimizer step on a batch of pairs (all ranks hold the whole batch) and its ref_logps (B, 2).
-    -> logps (B, 2) of the whole batch before the step, global gradient norm, and whether the update was finite and applied."""
+    -> logps (B, 2) of the whole batch before the step, lengths (B, 2) in tokens, global gradient norm before clipping, and
+    whether the update was finite and applied."""
     B = len(pairs)
     logps = torch.zeros(B, 2, device=device)
     ref_logps = ref_logps.to(device)
@@ -1303,6 +1304,9 @@ def main():
 
         step_s = time.perf_counter() - step_began
         n_tokens = sum(p.n_tokens + len(p.prompt) for p in batch)  # the prompt twice, as TRL counts
+        if step == 1 and ref_dir == model_dir:  # the policy is the reference still: what differs is rounding (in bf16 not little)
+            spread = (logps.cpu() - ref_logps[picked]).abs().max().item()
+            say(f"before step 1 |log pi - log ref| is at most {spread:.1e} nats")
         state = dict(step=step, updates=state["updates"] + applied, num_tokens=state["num_tokens"] + n_tokens,
                      skipped=state["skipped"] + (not applied), skipped_in_a_row=0 if applied else state["skipped_in_a_row"] + 1)
         metrics = preference_metrics(args, logps, ref_logps[picked].to(device), lengths)
