@@ -511,7 +511,7 @@ def guard(main):
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         os._exit(1)  # no clean-up that would wait for other ranks
     except KeyboardInterrupt:  # before training there is nothing to save
         os._exit(130)
@@ -1042,8 +1042,8 @@ def verify(directory):
         except (OSError, ValueError):
             damaged = manifest.name
     if damaged:
-        raise UserError(f"{directory / damaged} is missing or differs from what was written: the checkpoint is damaged; delete"
-                        f" {directory} to go on from the one before")
+        raise UserError(f"{directory / damaged} is missing or differs from what was written: restore it, or delete {directory} and"
+                        " go on from the checkpoint before")
     return directory
 
 
