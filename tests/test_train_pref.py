@@ -243,45 +243,7 @@ def test_gradient_is_the_mean_over_pairs_of_the_loss(case, process_group, monkey
     assert gradient_difference(expected, grads) < 1e-12
 
 
-def test_collate_rows():
-    """One row [prompt | chosen | rejected | pad], worked out by hand."""
-    ids = lambda *x: array("i", x)
-    pairs = [tp.Pair(ids(1, 5), ids(6, 2), ids(7, 8, 2)), tp.Pair(ids(1,), ids(9,), ids(2,))]
-    shared = tp.collate_pairs(pairs, True, "cpu")
-    assert shared["ids"].tolist() == [[1, 5, 6, 2, 7, 8, 2], [1, 9, 2, 0, 0, 0, 0]]
-    assert shared["positions"].tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 1, 0, 0, 0, 0]]
-    assert shared["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 2, -1, -1, -1, -1]]
-    assert shared["predict"].tolist() == [1, 2, 1, 4, 5, 7, 7]  # the last prompt token predicts both first tokens
-    assert shared["targets"].tolist() == [6, 2, 7, 8, 2, 9, 2]
-    assert shared["cu_seqlens"].tolist() == [0, 2, 5, 6, 7]
-    plain = tp.collate_pairs(pairs, False, "cpu")
-    assert plain["ids"].tolist() == [[1, 5, 6, 2, 0], [1, 5, 7, 8, 2], [1, 9, 0, 0, 0], [1, 2, 0, 0, 0]]
-    assert plain["predict"].tolist() == [1, 2, 6, 7, 8, 10, 15]
-    assert torch.equal(plain["targets"], shared["targets"]) and torch.equal(plain["cu_seqlens"], shared["cu_seqlens"])
-
-
 # --------------------------------------------------------------------------------------------- steps, in this process
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro", [1, 3, 8])
-def test_deal(world, micro):
-    rng = np.random.default_rng(0)
-    for n in (1, 2, 7, 16, 33):
-        lengths = rng.integers(5, 600, n).tolist()
-        rounds = tp.deal(lengths, micro, world)
-        assert all(len(ranks) == world and all(len(group) <= micro for group in ranks) for ranks in rounds)
-        assert sorted(i for ranks in rounds for group in ranks for i in group) == list(range(n))
-        assert len(rounds) == math.ceil(n / (micro * world))
-        dealt = [lengths[i] for ranks in rounds for group in ranks for i in group]
-        assert dealt == sorted(lengths, reverse=True)  # neighbours have about the same length
-
-
-def test_epoch_order():
-    orders = [tp.epoch_order(100, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(100)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-    assert tp.epoch_order(100, 1, 1) == orders[3]
-
-
 def test_learning_rate():
     lr = [tp.learning_rate(step, 50, 10, 2.0) for step in range(1, 51)]
     assert lr[0] == pytest.approx(0.2) and lr[9] == max(lr) == 2.0 and lr[-1] == pytest.approx(0.2)  # a tenth of the peak

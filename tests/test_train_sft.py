@@ -177,7 +177,7 @@ def test_resume_is_exact_and_loss_falls(run_script, model_dir, data, tmp_path):
     assert len(evals) == 4 and evals[-1] < evals[0] - 0.3
 
 
-def test_runs_without_sharing_presets(monkeypatch):
+def test_presets():
     """Every preset parses and names the same flags."""
     keys = {frozenset(preset) for preset in sft.PRESETS.values()}
     assert len(keys) == 1
