@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from array import array
 from pathlib import Path
 
 import numpy as np
