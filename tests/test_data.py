@@ -335,7 +335,7 @@ def test_text_without_bos(tmp_path):
 @pytest.mark.parametrize(("kind", "row"), [
     ("wrong types", dict(text=3)), ("wrong types", dict(prompt="p", completion=None)), ("wrong types", dict(prompt=3, completion="c")),
     ("wrong types", dict(prompt="p", completion=3)), ("wrong types", dict(prompt=turns("a"), completion="c")),
-    ("no prompt", dict(completion="c")), ("no prompt", dict(chosen="no marker")), ("no prompt", {}), ("no prompt", "[1]"),
+    ("no prompt", dict(completion="c")), ("no prompt", dict(chosen="no marker")), ("wrong types", {}), ("wrong types", "[1]"),
     ("empty completion", dict(text="")), ("empty completion", dict(prompt="p", completion=" \n")),
     ("empty completion", dict(chosen="\n\nHuman: a\n\nAssistant: ")),
     ("prompt mismatch", dict(messages=turns("Hi"))), ("prompt mismatch", dict(messages=turns("Hi", "Hello", "Bye"))),
