@@ -293,6 +293,19 @@ def test_step_0(cli, model_dir, data, tmp_path, loss):
     assert cap in result.out and "step 1/2 | loss 0.6931" in result.out
 
 
+@pytest.mark.parametrize("more", [[], ["--shard"], ["--checkpoint_activations"], ["--no-shared_prompt"]], ids=lambda more: "".join(more))
+def test_bf16(cli, model_dir, data, tmp_path, more):
+    """bf16 products, float32 weights: the same start to bf16's rounding, float32 files, and a loss near float32's."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        cli(*flags(model_dir, data, tmp_path / precision, *more, precision=precision, max_steps=3, loss="dpo")).ok()
+        losses[precision] = [line["loss"] for line in metrics_of(tmp_path / precision)]
+    assert losses["bf16"][0] == pytest.approx(math.log(2), abs=0.02) and losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.1)
+    with safe_open(tmp_path / "bf16" / "final" / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}
+
+
 def test_loss_falls_on_a_repeated_batch(cli, model_dir, tmp_path):
     data, out = write_pairs(tmp_path / "four.jsonl", 4), tmp_path / "run"
     cli(*flags(model_dir, data, out, loss="dpo", epochs=20, lr=5e-3)).ok()
