@@ -143,7 +143,7 @@ def collate_examples(packed_rows, device):
             targets += example.ids[example.first :]
             cu_seqlens.append(len(targets))
         rows.append((tokens, positions, segments))
-    return batch_tensors(rows, predict, targets, cu_seqlens, device)
+    return batch_tensors(rows, predict, device, targets=targets, cu_seqlens=cu_seqlens)
 
 
 def step_loss(model, examples, args, rank, world, device, train):
@@ -190,12 +190,14 @@ RECIPES = {
 def parse_args(argv=None):
     parser = Parser(description="Supervised fine-tuning on demonstrations or text.", allow_abbrev=False)
     common_flags(parser, PRESETS)
+    parser.add_argument("--kernel", choices=["auto", "triton", "torch"], default="auto",
+                        help="log-prob kernel; auto: triton on a GPU")
     args = parse_with_preset(parser, PRESETS, argv)
     args.out = args.out or f"out/sft-{args.preset}"
     return args
 
 
-# --- shared: flags (train_sft, train_pref) ---
+# --- shared: flags (train_sft, train_rm, train_pref) ---
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is a UserError, so that one rank says it once."""
 
@@ -226,10 +228,10 @@ def common_flags(parser, presets):
     add("--truncation", choices=["keep_end", "keep_start", "drop"], default="keep_end", help="a prompt that is too long"
         " keeps its end, keeps its start, or is left out (default: %(default)s)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
-        help="of the products; weights, optimizer state and log-probs are float32 always (default here: %(default)s)")
-    add("--kernel", choices=["auto", "triton", "torch"], default="auto", help="log-prob kernel; auto: triton on a GPU")
+        help="of the products; weights, optimizer state, log-probs and rewards are float32 always (default here: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the decoder layers (default: off)")
-    add("--shard", action="store_true", help="FSDP2: weights, gradients and optimizer state divided by the ranks (default: DDP)")
+    add("--shard", action=argparse.BooleanOptionalAction, default=False, help="FSDP2: weights, gradients and optimizer state"
+        " divided by the ranks; --no-shard: DDP (preset, or DDP)")
     add("--checkpoint_activations", action="store_true", help="recompute layers in backward: less memory (default: off)")
     add("--save_every", type=int, help="optimizer steps between checkpoints; 0: only on a signal (preset)")
     add("--eval_every", type=int, help="optimizer steps between evaluations on --eval_data; 0: never (preset)")
@@ -257,13 +259,13 @@ def parse_with_preset(parser, presets, argv):
 # --- end shared: flags ---
 
 
-# --- shared: step (train_sft, train_pref) ---
-def batch_tensors(rows, predict, targets, cu_seqlens, device):
+# --- shared: step (train_sft, train_rm, train_pref) ---
+def batch_tensors(rows, predict, device, **lists):
     """Pad rows of (tokens, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,)."""
     T = max(len(tokens) for tokens, _, _ in rows)
     pad = lambda k, value: torch.tensor([row[k] + [value] * (T - len(row[k])) for row in rows])
-    batch = dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=torch.tensor([b * T + t for b, t in predict]),
-                 targets=torch.tensor(targets), cu_seqlens=torch.tensor(cu_seqlens))
+    batch = dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=torch.tensor([b * T + t for b, t in predict]))
+    batch |= {name: torch.tensor(values) for name, values in lists.items()}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -311,7 +313,7 @@ def clip_and_step(model, optimizer, grad_clip, finite):
 # --- end shared: step ---
 
 
-# --- shared: run (train_sft, train_pref) ---
+# --- shared: run (train_sft, train_rm, train_pref) ---
 class UserError(ValueError):
     """A mistake its user can mend: said once, in one line, without a traceback."""
 
@@ -434,7 +436,7 @@ def memory_gb(device):
 # --- end shared: run ---
 
 
-# --- shared: data (train_sft, train_pref) ---
+# --- shared: data (train_sft, train_rm, train_pref) ---
 class SkipRow(Exception):
     """This data row cannot be used; the message is the kind it is counted under."""
 
@@ -516,7 +518,7 @@ def ids_sha256(rows):
 # --- end shared: data ---
 
 
-# --- shared: tokenizer (train_sft, train_pref) ---
+# --- shared: tokenizer (train_sft, train_rm, train_pref) ---
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
@@ -621,7 +623,7 @@ def render_chat(tokenizer, prompt, response):
 # --- end shared: tokenizer ---
 
 
-# --- shared: llama (train_sft, train_pref) ---
+# --- shared: llama (train_sft, train_rm, train_pref) ---
 @dataclass
 class LlamaConfig:
     """The shape of a Llama, read from config.json; names are transformers'."""
@@ -780,6 +782,25 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
+def build(make, device, precision, shard, compile_layers, checkpoint_activations):
+    """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each rank, or
+    with `shard` FSDP2's share of it."""
+    with torch.device("meta"):
+        model = make()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
+    if compile_layers:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    if shard:  # bf16 products; float32 gradients and their sums
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module in (*model.model.layers, model):  # also the root: a forward without backward must leave no whole weights
+            fully_shard(module, mp_policy=mixed, reshard_after_forward=True)
+    return model.to_empty(device=device)
+# --- end shared: llama ---
+
+
+# --- shared: policy (train_sft, train_pref) ---
 class Llama(nn.Module):
     """A causal language model. Its forward returns log-probs, not logits: (N, V) never stands in memory at once, and a sharded
     head is gathered while it is used. A tied head is the embedding itself, as in the checkpoint."""
@@ -799,23 +820,11 @@ class Llama(nn.Module):
 
 
 def build_llama(config, device, kernel, precision, shard, compile_layers, checkpoint_activations):
-    """A Llama with float32 weights allocated but not yet filled: whole on each rank, or with `shard` FSDP2's share of it."""
-    with torch.device("meta"):
-        model = Llama(config, kernel)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
-    if compile_layers:
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)
-    if shard:  # bf16 products; float32 gradients and their sums
-        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module in (*model.model.layers, model):  # also the root: a forward without backward must leave no whole weights
-            fully_shard(module, mp_policy=mixed, reshard_after_forward=True)
-    return model.to_empty(device=device)
-# --- end shared: llama ---
+    return build(lambda: Llama(config, kernel), device, precision, shard, compile_layers, checkpoint_activations)
+# --- end shared: policy ---
 
 
-# --- shared: checkpoint (train_sft, train_pref) ---
+# --- shared: checkpoint (train_sft, train_rm, train_pref) ---
 def find_model(name):
     """A model directory, or a Hub id's snapshot (safetensors and JSON only: pickled weights are never fetched)."""
     if Path(name).is_dir():
@@ -866,7 +875,8 @@ def whole(tensor):
     """A parameter or optimizer tensor as the checkpoint holds it: unsharded (all ranks take part), on CPU on rank 0 alone."""
     tensor = tensor.detach()
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.cpu().contiguous() if dist.get_rank() == 0 else None
+    # A copy: what was gathered from uneven shares is a view of a padded whole, which safetensors would refuse.
+    return tensor.to("cpu", copy=True).contiguous() if dist.get_rank() == 0 else None
 
 
 def share_like(param, tensor):
@@ -876,19 +886,19 @@ def share_like(param, tensor):
 
 
 @torch.no_grad()
-def load_weights(model, directory):
+def load_weights(model, directory, new=(), drop=()):
     """Fill every parameter from the directory's safetensors, one or sharded. Strict: raises UserError naming a missing, extra
-    or misshapen tensor. Returns the model."""
+    or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop` unread. Returns the model."""
     directory = verify(directory)
     index = directory / "model.safetensors.index.json"
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
     if not (directory / files[0]).exists():
         raise UserError(f"{directory}: no model.safetensors (pickled weights, *.bin, are never read: convert them)")
     files = {name: file for file in map(open_safetensors, (directory / f for f in files)) for name in file.keys()}
-    params = dict(model.named_parameters())
+    params = {name: param for name, param in model.named_parameters() if name not in new}
     # Left out: rotary tables, which old exports hold and the config determines; the second copy of a tied head.
-    extra = sorted(name for name in files.keys() - params.keys() if not name.endswith("rotary_emb.inv_freq"))
-    if extra == ["lm_head.weight"] and model.lm_head is None:
+    extra = sorted(name for name in files.keys() - params.keys() - {*drop} if not name.endswith("rotary_emb.inv_freq"))
+    if extra == ["lm_head.weight"]:
         if torch.equal(files[extra[0]].get_tensor(extra[0]), files["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")):
             extra = []
     missing = sorted(params.keys() - files.keys())
@@ -903,9 +913,10 @@ def load_weights(model, directory):
     return model
 
 
-def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=None):
-    """Write a model directory that transformers loads, with trainer/ if there is an optimizer; all ranks call it. It is made
-    aside, synced and renamed: `directory` is whole or absent. Raises UserError (disk full, say) with nothing half-written."""
+def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=None, head=None):
+    """Write a model directory that transformers loads, with trainer/ if there is an optimizer; all ranks call it. `head`: what
+    config.json says of a head that is no language model's. It is made aside, synced and renamed: `directory` is whole or absent.
+    Raises UserError (disk full, say) with nothing half-written."""
     aside, failure = directory.with_name(f".{directory.name}.tmp"), None
     moments = {key: {name: optimizer.state[p].get(key) for name, p in model.named_parameters()}
                for key in ("exp_avg", "exp_avg_sq")} if optimizer is not None and optimizer.state else {}
@@ -917,7 +928,7 @@ def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=N
                     shutil.rmtree(aside, ignore_errors=True)
                     (aside / "trainer").mkdir(parents=True)
                     save_torch_state_dict(tensors, aside)
-                    write_model_files(aside, tokenizer, source)
+                    write_model_files(aside, tokenizer, source, head)
                 else:
                     save_file(tensors, aside / "trainer" / f"{part}.safetensors")
             except (OSError, SafetensorError) as error:
@@ -941,11 +952,14 @@ def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=N
     on_rank_0(finish)
 
 
-def write_model_files(directory, tokenizer, source):
-    """config.json, generation_config.json and the tokenizer beside the weights, from the model at `source`."""
-    config = json.loads((source / "config.json").read_text())
+def write_model_files(directory, tokenizer, source, head=None):
+    """config.json, the tokenizer and, for a language model, generation_config.json beside the weights, from the model at `source`."""
+    config = json.loads((source / "config.json").read_text()) | (head or dict(architectures=["LlamaForCausalLM"])) | dict(dtype="float32")
     config.pop("torch_dtype", None)
-    (directory / "config.json").write_text(json.dumps(config | dict(architectures=["LlamaForCausalLM"], dtype="float32"), indent=2))
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer.save_pretrained(directory)
+    if head:
+        return
     generation = source / "generation_config.json"
     generation = json.loads(generation.read_text()) if generation.exists() else {"bos_token_id": tokenizer.bos_token_id}
     stops = generation.get("eos_token_id") or []
@@ -953,7 +967,6 @@ def write_model_files(directory, tokenizer, source):
     if tokenizer.eos_token_id not in stops:  # what training wrote at the end of each response must stop generation
         generation["eos_token_id"] = [*stops, tokenizer.eos_token_id]
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    tokenizer.save_pretrained(directory)
 
 
 def publish(aside, directory):

@@ -33,23 +33,32 @@ class Result:
 
 def child(script, argv, env, log, call, action):
     """In the forked process: a trainer's command line, with output in the files log.out and log.err. With `action` (a signal's
-    number, or "nan", which is train_pref's) something happens to the call-th training step."""
+    number, "nan": a loss that is not finite, or "bytes": what the rank holds is printed) something happens to the call-th step."""
     module = importlib.import_module(script)
     for suffix, descriptor in ((".out", 1), (".err", 2)):
         os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update(env)
     sys.argv = [f"{script}.py", *argv]
-    name = {"train_pref": "train_step", "train_sft": "step_loss"}[script]  # what the loop calls once a step
+    # What the loop calls once a step.
+    name = {"train_pref": "train_step", "train_sft": "step_loss", "train_rm": "reward_step"}[script]
     calls, original = 0, getattr(module, name)
 
     def step(*args, **kwargs):
         nonlocal calls
         calls += kwargs.get("train", True)  # not the evaluations
         if calls == call and action == "nan":
-            preference_loss = module.preference_loss
-            module.preference_loss = lambda *a: tuple(math.nan * x for x in preference_loss(*a))
+            loss_name = {"train_pref": "preference_loss", "train_rm": "bradley_terry_loss"}[script]
+            loss, spoil = getattr(module, loss_name), lambda x: tuple(map(spoil, x)) if isinstance(x, tuple) else math.nan * x
+            setattr(module, loss_name, lambda *a, **k: spoil(loss(*a, **k)))
             result = original(*args)
-            module.preference_loss = preference_loss
+            setattr(module, loss_name, loss)
+            return result
+        if calls == call and action == "bytes":
+            result = original(*args)
+            model, optimizer = args[:2]
+            held = lambda tensors: sum(getattr(t, "to_local", lambda: t)().untyped_storage().nbytes() for t in tensors)
+            moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+            print("bytes", held(model.parameters()), held(moments))
             return result
         if calls == call:
             signal.raise_signal(action)
@@ -61,7 +70,7 @@ def child(script, argv, env, log, call, action):
 
 
 def launch(context, script, log, argv, world=1, call=0, action=None, on_rank=0):
-    """Start a process a rank -> [(process, path of its logs)]."""
+    """Start a process a rank -> [(process, path of its logs)]. on_rank None: the action is on all."""
     argv = [str(word) for word in argv]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -69,7 +78,7 @@ def launch(context, script, log, argv, world=1, call=0, action=None, on_rank=0):
     started = []
     for rank in range(world):
         env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        args = script, argv, env if world > 1 else {}, f"{log}.{rank}", call, action if rank == on_rank else None
+        args = script, argv, env if world > 1 else {}, f"{log}.{rank}", call, action if on_rank in (rank, None) else None
         process = context.Process(target=child, args=args)
         process.start()
         started.append((process, f"{log}.{rank}"))

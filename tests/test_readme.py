@@ -28,7 +28,7 @@ def test_commands_parse(command):
             assert (ROOT / words[k + 1]).is_file()
 
 
-@pytest.mark.parametrize("script", ["train_sft", "train_pref"])
+@pytest.mark.parametrize("script", ["train_sft", "train_rm", "train_pref"])
 def test_commands_in_docstrings_parse(script):
     module = importlib.import_module(script)
     lines = [line for line in module.__doc__.splitlines() if f" {script}.py" in line and line.startswith("    ")]

@@ -1,0 +1,1254 @@
+"""Reward model training: the (golden) reward model that labels pairs and judges policies.
+
+A Llama with a linear head on a response's last token, r(x, y), trained on pairs (y_w chosen, y_l rejected) by Bradley and Terry:
+
+    L = mean over the step's pairs of  -log sigmoid(r(x, y_w) - r(x, y_l)) + center (r(x, y_w) + r(x, y_l))^2,
+
+where the second term is off by default. It starts from an SFT checkpoint, whose language model head gives way to a new one, or
+goes on from a reward model. The IS-DAA paper's golden reward model (Appendix C: TL;DR and HH pooled) is `--preset tldr+hh`.
+
+    python train_rm.py                                                          # CPU: the embedded toy task
+    python train_rm.py --model DIR_OR_HUB_ID --data pairs.jsonl                 # 1 GPU
+    torchrun --nproc_per_node=4 train_rm.py --preset tldr+hh                    # 4 GPUs, 8B: the preset implies --shard
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_rm.py --preset tldr+hh ...
+
+Units: rewards in nats of log-odds (no other zero or scale); lengths in tokens; batch sizes in pairs; a step is an optimizer step.
+"""
+
+import argparse
+import contextlib
+import errno
+import gzip
+import hashlib
+import importlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from array import array
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+# ------------------------------------------------------------------------------------------- the loss and what is measured
+def bradley_terry_loss(chosen, rejected, center=0.0):
+    """-log sigmoid(r_w - r_l) + center (r_w + r_l)^2 of rewards (B,) -> losses (B,). A pair tells rewards apart but not from
+    zero: `center` holds their mean there (Eisenstein et al. 2023; TRL's center_rewards_coefficient)."""
+    return -F.logsigmoid(chosen - rejected) + center * (chosen + rejected) ** 2
+
+
+@torch.no_grad()
+def reward_metrics(rewards, center):
+    """What the log says of the rewards (B, 2) of a batch: chosen, rejected. Names are TRL's."""
+    chosen, rejected = rewards.unbind(1)
+    metrics = {"loss": bradley_terry_loss(chosen, rejected, center), "rewards/chosen": chosen, "rewards/rejected": rejected,
+               "rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float()}
+    return {name: values.mean().item() for name, values in metrics.items()}
+
+
+def calibration(rewards, n_bins=10):
+    """Are pairs called with probability p called rightly in a share p of cases? -> the reliability table and the expected
+    calibration error of rewards (P, 2). p = sigmoid(|r_w - r_l|) is the model's confidence in the response it prefers, in
+    [0.5, 1], and the bins are equally wide; a pair counts as right if r_w > r_l. The error is the mean over pairs of
+    |confidence - accuracy| of their bin (Guo et al. 2017)."""
+    margins = (rewards[:, 0] - rewards[:, 1]).double()
+    confidence, right = margins.abs().sigmoid(), (margins > 0).double()
+    bins = (2 * n_bins * (confidence - 0.5)).long().clamp(max=n_bins - 1)  # 1.0 belongs to the last
+    table = []
+    for k in range(n_bins):
+        count, low, high = (bins == k).sum().item(), 0.5 + k / (2 * n_bins), 0.5 + (k + 1) / (2 * n_bins)
+        means = [values[bins == k].mean().item() if count else None for values in (confidence, right)]
+        table.append(dict(low=low, high=high, count=count, confidence=means[0], accuracy=means[1]))
+    error = sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in table if row["count"]) / len(rewards)
+    return dict(pairs=len(rewards), ece=error, bins=table)
+
+
+class RewardModel(nn.Module):
+    """The body and a linear head: transformers' LlamaForSequenceClassification with one label."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.model = LlamaModel(c)
+        self.score = Linear(c.hidden_size, 1, bias=False)
+
+    def forward(self, ids, positions, segments, predict):
+        """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T) position of each response's last token."""
+        hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
+        return self.score(hidden.float())
+
+
+@torch.no_grad()
+def load_reward_model(model, directory, seed):
+    """Fill `model` from a reward model, or from a language model with a new head: normal, std 1/sqrt(D + 1) as in the paper's
+    code, so that rewards begin with a spread of about 1. Strict but for the head. -> what became of the head, as text."""
+    if "LlamaForSequenceClassification" in (json.loads((directory / "config.json").read_text()).get("architectures") or []):
+        load_weights(model, directory)
+        return f"score.weight of {directory} kept"
+    # Drawn whole on CPU: ranks, sharded or not, begin with the same.
+    score, generator = model.score.weight, torch.Generator().manual_seed(seed)
+    std = (score.shape[1] + 1) ** -0.5
+    score.copy_(share_like(score, torch.empty(score.shape).normal_(std=std, generator=generator)))
+    load_weights(model, directory, new=["score.weight"], drop=["lm_head.weight"])
+    tied = " (tied: the embedding, which stays)" if read_config(directory).tie_word_embeddings else ""
+    return f"lm_head.weight{tied} of {directory} dropped, score.weight new with std {std:.4f}, seed {seed}"
+
+
+def choose_pad(tokenizer):
+    """The padding token that is saved with the model. transformers pools at the last token that is not pad_token_id, so it must
+    never be what a response ends with, EOS, which many tokenizers pad with. In turn: the tokenizer's own, Llama 3's, BOS (which
+    begins prompts and ends nothing), another special token. Rows are to be padded on the right, where it changes no position."""
+    special = [k for k, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True) if token.special]
+    ids = [tokenizer.pad_token_id, tokenizer.get_vocab().get("<|finetune_right_pad_id|>"), tokenizer.bos_token_id, *special]
+    pad = next((k for k in ids if k not in (None, tokenizer.eos_token_id, tokenizer.unk_token_id)), None)
+    if pad is None:
+        raise UserError("the tokenizer has no special token besides EOS to pad with: set pad_token in tokenizer_config.json")
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(pad), "right"
+    return pad
+
+
+# ----------------------------------------------------------------------------------------------------------- the flags
+HERE = Path(__file__).resolve().parent
+PAPER = dict(model="out/sft-8b/final", epochs=1, max_length=640, max_prompt_length=512, batch_size=128, micro_batch_size=4,
+             lr=5e-6, warmup_steps=100, shard=True, save_every=500, eval_every=500)  # Appendix C; the warm-up is the policies'
+PRESETS = {
+    "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/pairs.jsonl.gz", eval_data=f"{HERE}/toy/pairs_eval.jsonl.gz",
+                epochs=2, max_length=128, max_prompt_length=96, batch_size=32, micro_batch_size=8, lr=1e-3, warmup_steps=10,
+                shard=False, save_every=64, eval_every=32),
+    "tldr+hh": dict(PAPER, data="tldr+hh", eval_data="tldr+hh"),
+    "tldr": dict(PAPER, data="tldr", eval_data="tldr"),
+    "hh": dict(PAPER, data="hh", eval_data="hh"),
+    "ultrafeedback": dict(PAPER, model="meta-llama/Llama-3.1-8B-Instruct", data="ultrafeedback", eval_data="ultrafeedback"),
+}
+# Hub datasets that a name stands for: id, train split, held-out split, and how a row becomes {prompt, chosen, rejected}.
+RECIPES = {
+    "tldr": ("trl-lib/tldr-preference", "train", "validation[:1024]", lambda row: row),
+    "hh": ("Anthropic/hh-rlhf", "train", "test[:1024]", lambda row: row),  # implicit prompt
+    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs[:1024]",
+                      lambda row: {key: row[key] for key in ("chosen", "rejected")}),  # the prompt is their first message
+}
+
+
+def parse_args(argv=None):
+    parser = Parser(description="Reward model training on preference pairs (Bradley-Terry).", allow_abbrev=False)
+    common_flags(parser, PRESETS)
+    add = parser.add_argument
+    add("--center", type=float, default=0.0, help="weight of (r_w + r_l)^2, which holds the mean reward at zero; 0: off (default:"
+        " %(default)s)")
+    add("--shared_prompt", action=argparse.BooleanOptionalAction, default=True, help="compute a pair's prompt once;"
+        " --no-shared_prompt runs two plain rows, with the same result at up to twice the cost (default: shared)")
+    args = parse_with_preset(parser, PRESETS, argv)
+    if not 0 <= args.center < math.inf:
+        parser.error(f"--center {args.center}: must be at least 0")
+    args.out = args.out or f"out/rm-{args.preset}-seed{args.seed}"
+    return args
+
+
+# --- shared: flags (train_sft, train_rm, train_pref) ---
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is a UserError, so that one rank says it once."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def common_flags(parser, presets):
+    """The flags every trainer has. An example is a pair or a demonstration; defaults marked 'preset' come from --preset."""
+    add = parser.add_argument
+    add("--preset", choices=list(presets), default="toy", help="set of defaults; a flag given wins (default: %(default)s)")
+    add("--model", help="start: model directory, Hub id (or, in train_sft.py, a config.json: random weights) (preset)")
+    add("--data", help="training data: .jsonl[.gz], recipe name or Hub id; a+b pools two (preset)")
+    add("--eval_data", help="held-out data, likewise; '' for none (preset)")
+    add("--out", default=None, help="run directory; run again with it to resume (default: named after the flags, in out/)")
+    add("--seed", type=int, default=0, help="seed of the data order and of random weights (default: %(default)s)")
+    add("--epochs", type=positive_int, help="passes over the data (preset)")
+    add("--max_steps", type=int, default=0, help="stop after this many optimizer steps; 0: no limit (default: %(default)s)")
+    add("--batch_size", type=positive_int, help="examples per optimizer step, over all ranks (preset)")
+    add("--micro_batch_size", type=positive_int, help="rows per rank per forward; lower it when memory runs out (preset)")
+    add("--lr", type=float, help="peak learning rate; cosine to 10%% of it (preset)")
+    add("--warmup_steps", type=int, help="optimizer steps of linear warm-up; 0: none (preset)")
+    add("--weight_decay", type=float, default=0.0, help="AdamW weight decay; 0: off (default: %(default)s)")
+    add("--adam_eps", type=float, default=1e-5, help="AdamW epsilon (default: %(default)s, the authors')")
+    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping (default: %(default)s)")
+    add("--max_length", type=positive_int, help="tokens of prompt + response at most (preset)")
+    add("--max_prompt_length", type=positive_int, help="tokens of the prompt at most, below --max_length (preset)")
+    add("--truncation", choices=["keep_end", "keep_start", "drop"], default="keep_end", help="a prompt that is too long"
+        " keeps its end, keeps its start, or is left out (default: %(default)s)")
+    add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
+        help="of the products; weights, optimizer state, log-probs and rewards are float32 always (default here: %(default)s)")
+    add("--compile", action="store_true", help="torch.compile the decoder layers (default: off)")
+    add("--shard", action=argparse.BooleanOptionalAction, default=False, help="FSDP2: weights, gradients and optimizer state"
+        " divided by the ranks; --no-shard: DDP (preset, or DDP)")
+    add("--checkpoint_activations", action="store_true", help="recompute layers in backward: less memory (default: off)")
+    add("--save_every", type=int, help="optimizer steps between checkpoints; 0: only on a signal (preset)")
+    add("--eval_every", type=int, help="optimizer steps between evaluations on --eval_data; 0: never (preset)")
+    add("--keep", type=int, default=0, help="newest checkpoints kept; 0: all (default: %(default)s)")
+    add("--track", choices=["none", "tensorboard", "wandb", "trackio"], default="none", help="a dashboard besides the JSON lines")
+    add("--resume", choices=["auto", "never"], default="auto", help="never: refuse an --out that is not empty")
+    add("--timeout", type=positive_int, default=1800, help="seconds after which a rank that hangs ends the run (default: %(default)s)")
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def parse_with_preset(parser, presets, argv):
+    """Parse twice: the first pass finds --preset, whose dict then stands for the defaults of the second."""
+    parser.set_defaults(**presets["toy"])
+    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    args = parser.parse_args(argv)
+    if args.max_prompt_length >= args.max_length:
+        parser.error(f"--max_prompt_length {args.max_prompt_length} leaves no room in --max_length {args.max_length}")
+    return args
+# --- end shared: flags ---
+
+
+# ------------------------------------------------------------------------------------------------------------ the pairs
+# --- shared: pairs (train_rm, train_pref) ---
+@dataclass
+class Pair:
+    """Token ids. The prompt begins with BOS if the tokenizer has one; a response that was not cut ends with EOS."""
+
+    prompt: array
+    chosen: array
+    rejected: array
+
+    @property
+    def n_tokens(self):
+        """Tokens of the shared-prompt row: what the pair costs."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def split_pair(row, tokenizer):
+    """A data row -> prompt, chosen, rejected texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings share all up
+    to the last common "\\n\\nAssistant:", conversations share their first messages."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        if chosen == rejected:
+            raise SkipRow("identical responses")
+        prompt = row.get("prompt")
+        if not isinstance(prompt, list):
+            common = 0
+            while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+                common += 1
+            prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+        prompt_text, chosen = render_chat(tokenizer, prompt, chosen)
+        return prompt_text, chosen, render_chat(tokenizer, prompt, rejected)[1]
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        raise SkipRow("wrong types")
+    if "prompt" not in row:
+        marker = "\n\nAssistant:"
+        cut = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
+        if cut < len(marker) or marker in chosen[cut:] or marker in rejected[cut:]:
+            raise SkipRow("prompt mismatch")
+        return chosen[:cut], chosen[cut:], rejected[cut:]
+    if not isinstance(row["prompt"], str):
+        raise SkipRow("wrong types")
+    return row["prompt"], chosen, rejected
+
+
+def load_pairs(source, held_out, tokenizer, vocab_size, max_length, max_prompt_length, truncation):
+    """Read, tokenize and cut preference data -> pairs, index (the data row of each pair), report (str).
+    Raises UserError where nothing is left or a token id is outside the model's vocabulary."""
+    report, kept, texts = Report(source), [], []
+    for number, (where, row) in enumerate(read_rows(source, held_out, RECIPES)):
+        with report.row(where):
+            prompt, chosen, rejected = split_pair(row, tokenizer)
+            if not chosen.strip() or not rejected.strip():
+                raise SkipRow("empty response")
+            if chosen == rejected:
+                raise SkipRow("identical responses")
+            (prompt + chosen + rejected).encode()  # raises on broken Unicode
+            kept.append((number, where))
+            texts += [prompt, chosen, rejected]
+    ids = encode(tokenizer, texts, vocab_size)
+    pairs, index = [], []
+    for k, (number, where) in enumerate(kept):
+        with report.row(where, count=False):
+            prompt = cut_prompt(ids[3 * k], tokenizer, max_prompt_length, truncation, report)
+            chosen, rejected = (cut_response(r, tokenizer, max_length - len(prompt), report) for r in ids[3 * k + 1 : 3 * k + 3])
+            if chosen == rejected:
+                raise SkipRow("identical once cut")
+            pairs.append(Pair(prompt, chosen, rejected))
+            index.append(number)
+    return pairs, torch.tensor(index), report.finish(len(pairs), "pairs")
+
+
+def pair_rows(pairs, shared_prompt):
+    """Pairs -> rows, each (tokens, positions, segments), and where the responses are in them: (row, first column, response) of
+    chosen and rejected of each pair in turn.
+
+    Shared: one row [prompt | chosen | rejected] a pair; the positions of both responses continue the prompt's. Plain: two rows
+    [prompt | response]. Segments say who may see whom: 0 the prompt, 1 and 2 the responses."""
+    rows, places = [], []
+    for pair in pairs:
+        P = len(pair.prompt)
+        for segment, response in ((1, pair.chosen), (2, pair.rejected)):
+            if segment == 1 or not shared_prompt:
+                rows.append((list(pair.prompt), list(range(P)), [0] * P))
+            tokens, positions, segments = rows[-1]
+            places.append((len(rows) - 1, len(tokens), response))
+            tokens += response
+            positions += range(P, P + len(response))
+            segments += [segment] * len(response)
+    return rows, places
+# --- end shared: pairs ---
+
+
+# --- shared: step (train_sft, train_rm, train_pref) ---
+def batch_tensors(rows, predict, device, **lists):
+    """Pad rows of (tokens, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,)."""
+    T = max(len(tokens) for tokens, _, _ in rows)
+    pad = lambda k, value: torch.tensor([row[k] + [value] * (T - len(row[k])) for row in rows])
+    batch = dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=torch.tensor([b * T + t for b, t in predict]))
+    batch |= {name: torch.tensor(values) for name, values in lists.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def epoch_order(n, seed, epoch):
+    """The order of n examples in an epoch: a pure function of (seed, epoch), whatever the hardware."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def deal(lengths, micro_batch_size, world):
+    """Deal a step's examples, whose token counts are `lengths`, to rounds of micro-batches -> rounds[k][rank] = [example].
+
+    Longest first, neighbours together: little padding, and the ranks of a round work for about the same time. Every rank has
+    the same number of rounds (collectives must match); a micro-batch may be empty when examples run out."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    n_rounds = math.ceil(len(order) / (micro_batch_size * world))
+    n_groups = n_rounds * world
+    bounds = [len(order) * g // n_groups for g in range(n_groups + 1)]
+    groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    return [groups[k * world : (k + 1) * world] for k in range(n_rounds)]
+
+
+def learning_rate(step, total, warmup_steps, peak):
+    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it at `total`; step counts from 1."""
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total - warmup_steps)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def clip_and_step(model, optimizer, grad_clip, finite):
+    """Clip the global gradient norm and apply the update, on all ranks or on none: where a loss or gradient is not finite the
+    weights stay as they were. -> the norm before clipping, whether the update was applied."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    applied = bool(finite & norm.isfinite())
+    if applied:
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm.item(), applied
+# --- end shared: step ---
+
+
+# ---------------------------------------------------------------------------------------------------- batches and steps
+def collate_responses(pairs, shared_prompt, device):
+    """Pairs -> the arguments of RewardModel.forward; rewards come out as chosen, rejected of each pair in turn, each read at the
+    response's last token by position: EOS, unless the response was cut."""
+    rows, places = pair_rows(pairs, shared_prompt)
+    return batch_tensors(rows, [(row, start + len(response) - 1) for row, start, response in places], device)
+
+
+@torch.no_grad()
+def all_rewards(model, pairs, args, rank, world, device, desc):
+    """The rewards of every pair (P, 2), float32, on every rank: chosen, rejected."""
+    rewards = torch.zeros(len(pairs), 2, device=device)
+    rounds = deal([pair.n_tokens for pair in pairs], args.micro_batch_size, world)
+    for micro in tqdm(rounds, desc=desc, disable=rank > 0 or not sys.stderr.isatty(), leave=False):
+        picked = micro[rank] or [0]  # an idle rank computes pair 0, so that sharded collectives match
+        result = model(**collate_responses([pairs[i] for i in picked], args.shared_prompt, device)).view(-1, 2)
+        if micro[rank]:
+            rewards[picked] = result
+    dist.all_reduce(rewards)  # each pair was written by one rank: a sum with zeros is exact
+    return rewards.cpu()
+
+
+def reward_step(model, optimizer, pairs, args, rank, world, device):
+    """One optimizer step on a batch of pairs (all ranks hold the whole batch). -> rewards (B, 2) of the whole batch before the
+    step, global gradient norm before clipping, and whether the update was finite and applied."""
+    B = len(pairs)
+    rewards = torch.zeros(B, 2, device=device)
+    rounds = deal([pair.n_tokens for pair in pairs], args.micro_batch_size, world)
+    for k, micro in enumerate(rounds):
+        picked = micro[rank] or [0]
+        last = k == len(rounds) - 1
+        # DDP sums the ranks' gradients once, with the last micro-batch; FSDP2 each time, as it keeps only its own shard.
+        hold = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+        with hold:
+            micro_rewards = model(**collate_responses([pairs[i] for i in picked], args.shared_prompt, device)).view(-1, 2)
+            losses = bradley_terry_loss(*micro_rewards.unbind(1), center=args.center)
+            loss = losses.sum() * (world / B)  # DDP and FSDP2 average over ranks: the sum over pairs / B remains
+            (loss if micro[rank] else 0.0 * loss).backward()
+        if micro[rank]:
+            rewards[picked] = micro_rewards.detach()
+    dist.all_reduce(rewards)
+    grad_norm, applied = clip_and_step(model, optimizer, args.grad_clip, rewards.isfinite().all())
+    return rewards, grad_norm, applied
+
+
+# --- shared: run (train_sft, train_rm, train_pref) ---
+class UserError(ValueError):
+    """A mistake its user can mend: said once, in one line, without a traceback."""
+
+
+def guard(main):
+    """Run main and turn a user's mistake into one line and exit code 1. Ranks above 0 let rank 0 speak first: torchrun ends
+    them when it exits; if rank 0 saw nothing wrong, they speak for themselves."""
+    code = None
+    try:
+        code = main()  # returns, and does not raise, its exit code: what a traceback keeps alive hangs at exit, now and then
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        os._exit(1)  # no clean-up that would wait for other ranks
+    except KeyboardInterrupt:  # before training there is nothing to save
+        os._exit(130)
+    dist.destroy_process_group()
+    sys.exit(code)
+
+
+def start(seed, timeout):
+    """Join the process group -> rank, world, device. Without torchrun it is a group of one: collectives need no `if`."""
+    local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank}, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **alone)
+    torch.manual_seed(seed)
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step as it ends
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def on_rank_0(function):
+    """Run it on rank 0 and give its result, or its UserError, to every rank."""
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+class Stop:
+    """After SIGTERM, SIGINT or SIGUSR1 the step ends, all ranks save and exit with 128 + the signal. A second one exits at
+    once, unless it comes within a second: torchrun passes a Ctrl-C on to workers that already had it."""
+
+    def __init__(self):
+        self.signum, self.at = 0, 0.0
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        if self.signum and time.monotonic() - self.at > 1:
+            os._exit(128 + signum)
+        if not self.signum:
+            self.signum, self.at = signum, time.monotonic()
+
+    def agreed(self, device):
+        """The signal that any rank was sent, or 0: the same on every rank."""
+        signum = torch.tensor(self.signum, device=device)
+        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
+        return signum.item()
+
+
+def run_header(script, args, world, device, **more):
+    """What a run must say of itself: the first line of metrics.jsonl."""
+    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = {package: importlib.import_module(package).__version__ for package in ("torch", "transformers", "safetensors")}
+    return dict(script=script, args=vars(args), commit=commit or None, versions=versions, device=name, world=world, **more)
+
+
+def open_metrics(path, header, resumed):
+    """metrics.jsonl, ready for the lines after those of the checkpoint `resumed`, or with the header alone. Later lines go (they
+    will be written again, the same), and a line that a kill cut in two."""
+    kept = [json.dumps(header)]
+    if resumed:
+        lines, step = path.read_text().split("\n")[:-1], int(resumed.name.removeprefix("step_"))
+        kept = lines[:1] + [line for line in lines[1:] if json.loads(line)["step"] <= step]
+    write_aside(path, lambda aside: aside.write_text("\n".join(kept) + "\n"))
+    return path.open("a")
+
+
+def write_metrics(file, metrics):
+    """One JSON line. JSON has no NaN: what is not finite is written as null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    file.write(json.dumps(clean) + "\n")
+    file.flush()
+
+
+def make_tracker(kind, out, args):
+    """-> log(metrics, step) for the dashboard asked for, which is imported only then."""
+    if kind == "none":
+        return lambda metrics, step: None
+    try:
+        if kind == "tensorboard":
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
+            return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+        module = importlib.import_module(kind)  # wandb and trackio have one interface
+    except ImportError as error:
+        raise UserError(f"--track {kind}: {error}; pip install {kind}") from None
+    module.init(project="is-daa", name=out.name, config=vars(args))
+    return lambda metrics, step: module.log(metrics, step=step)
+
+
+def memory_gb(device):
+    """Peak memory of this process: of the GPU's allocator, or resident on CPU. In GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # ru_maxrss is in KiB on Linux
+# --- end shared: run ---
+
+
+# --- shared: data (train_sft, train_rm, train_pref) ---
+class SkipRow(Exception):
+    """This data row cannot be used; the message is the kind it is counted under."""
+
+
+class Report:
+    """Counts rows that were skipped or cut, by kind, with the place of the first of each."""
+
+    def __init__(self, source):
+        self.source, self.rows, self.skipped, self.cuts, self.where = source, 0, {}, {}, None
+
+    @contextlib.contextmanager
+    def row(self, where, count=True):
+        self.rows += count
+        self.where = where
+        try:
+            yield
+        except SkipRow as skip:
+            self.note(self.skipped, str(skip))
+        except UnicodeEncodeError:  # half of a surrogate pair: JSON can hold it, no tokenizer takes it
+            self.note(self.skipped, "broken Unicode")
+
+    def cut(self, kind):
+        self.note(self.cuts, kind)
+
+    def note(self, counts, kind):
+        n, first = counts.get(kind, (0, self.where))
+        counts[kind] = (n + 1, first)
+
+    def finish(self, kept, noun):
+        """The report as text. Raises UserError if nothing was kept."""
+        say = lambda counts: ", ".join(f"{n} {kind} (first {first})" for kind, (n, first) in counts.items()) or "none"
+        text = f"{self.source}: {kept} {noun} of {self.rows} rows; skipped: {say(self.skipped)}; cut: {say(self.cuts)}"
+        if not kept:
+            raise UserError(f"no usable {noun} in {text}")
+        return text
+
+
+def read_rows(source, held_out, recipes):
+    """Yield (where, row) of a .jsonl or .jsonl.gz file, a recipe's name, a Hub dataset's id or directory; `a+b` pools parts."""
+    for part in [source] if Path(source).exists() else source.split("+"):
+        if part in recipes or not (Path(part).is_file() or part.endswith((".jsonl", ".gz", ".json"))):
+            name, train, test, convert = recipes.get(part, (part, "train", "test", lambda row: row))
+            try:
+                rows = importlib.import_module("datasets").load_dataset(name, split=test if held_out else train)
+            except ImportError:
+                raise UserError(f"{part}: reading from the Hub needs `pip install datasets`") from None
+            except (OSError, ValueError) as error:
+                raise UserError(f"{part}: no such file, recipe ({', '.join(recipes)}) or readable Hub dataset: {error}") from None
+            yield from ((f"{part}[{n}]", convert(row)) for n, row in enumerate(rows))
+        else:
+            yield from read_jsonl(Path(part))
+
+
+def read_jsonl(path):
+    """Yield ("file:line", object) of a JSON-lines file. Lines end at "\\n" only: U+2028 may stand inside a string."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    yield f"{path}:{number}", row if isinstance(row, dict) else {}
+    except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError
+        raise UserError(f"{path}:{number}: not JSON: {error}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: broken after line {number}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a directory, not a file") from None
+
+
+def ids_sha256(rows):
+    """Fingerprint of a list of id arrays: of the data as the model sees it, tokenizer and cuts included."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little") + row.tobytes())
+    return digest.hexdigest()
+# --- end shared: data ---
+
+
+# --- shared: tokenizer (train_sft, train_rm, train_pref) ---
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+                  "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
+                  "image", *(f"reserved_special_token_{k}" for k in range(2, 246))]  # 256 in all
+
+
+def load_tokenizer(directory):
+    """The tokenizer of a model directory: AutoTokenizer, or for a directory with nothing but Meta's tokenizer.model (tiktoken's
+    format) the same ids through transformers' converter. Raises UserError if there is none or it has no EOS."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from tokenizers.processors import TemplateProcessing
+
+    directory = Path(directory)
+    if (directory / "tokenizer.model").exists() and not list(directory.glob("tokenizer*.json")):
+        names = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
+        converter = TikTokenConverter(str(directory / "tokenizer.model"), LLAMA3_PATTERN, extra_special_tokens=names)
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # its cache goes by path: it would miss that another file stands there now
+        try:
+            backend = converter.converted()
+            backend.post_processor = TemplateProcessing(single=f"{names[0]} $A", special_tokens=[(names[0], backend.token_to_id(names[0]))])
+        except ValueError as error:
+            raise UserError(f"{directory}/tokenizer.model is not tiktoken's format ({error}); a SentencePiece model needs its"
+                            " tokenizer.json beside it") from None
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{directory}: no tokenizer that transformers can load: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{directory}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def encode(tokenizer, texts, vocab_size):
+    """Texts -> arrays of ids, without BOS and EOS. Special tokens written in the text are parsed, as everywhere in transformers:
+    prompts come already rendered. Raises UserError for an id that the model does not have."""
+    ids = []
+    for k in range(0, len(texts), 1000):  # arrays: 4 bytes a token, where a list takes 36
+        rows = tokenizer(texts[k : k + 1000], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids += (array("i", row) for row in rows)
+    largest = max([tokenizer.eos_token_id, tokenizer.bos_token_id or 0, *(max(row, default=0) for row in ids)])
+    if largest >= vocab_size:
+        raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs to another"
+                        " model")
+    return ids
+
+
+def cut_prompt(ids, tokenizer, limit, truncation, report):
+    """One BOS, if the tokenizer has one, then at most `limit` tokens in all. Raises SkipRow."""
+    bos = array("i", [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
+    if bos and ids[:1] == bos:  # a chat template may have written it
+        ids = ids[1:]
+    room = limit - len(bos)
+    if len(ids) > room:
+        if truncation == "drop":
+            raise SkipRow("prompt too long")
+        report.cut("prompt")
+        ids = ids[len(ids) - room :] if truncation == "keep_end" else ids[:room]
+    if not bos + ids:
+        raise SkipRow("empty prompt")
+    return bos + ids
+
+
+def cut_response(ids, tokenizer, room, report):
+    """One EOS at the end; if it does not fit in `room` tokens the response loses its end and gets no EOS. Raises SkipRow."""
+    eos = array("i", [tokenizer.eos_token_id])
+    ids = ids if ids[-1:] == eos else ids + eos
+    if room < 1:
+        raise SkipRow("no room for a response")
+    if len(ids) == 1:
+        raise SkipRow("empty response")
+    if len(ids) > room:
+        report.cut("response")
+    return ids[:room]
+
+
+def render_chat(tokenizer, prompt, response):
+    """Lists of {role, content} -> prompt text, response text by the tokenizer's chat template. Raises SkipRow; UserError if
+    there is no template. The response ends before its EOS, which cut_response writes."""
+    if tokenizer.chat_template is None:
+        raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's tokenizer"
+                        " or data with text prompts")
+    messages = prompt + response
+    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+        raise SkipRow("wrong types")
+    if not prompt or not response or response[0]["role"] != "assistant":
+        raise SkipRow("prompt mismatch")
+    if not any(message["content"].strip() for message in response):
+        raise SkipRow("empty response")
+    try:
+        prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:  # many demand that user and assistant alternate
+        raise SkipRow("refused by the chat template") from None
+    if not text.startswith(prompt_text):
+        raise SkipRow("chat template does not continue the prompt")
+    text, eos = text[len(prompt_text) :], tokenizer.eos_token
+    return prompt_text, text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
+# --- end shared: tokenizer ---
+
+
+# --- shared: llama (train_sft, train_rm, train_pref) ---
+@dataclass
+class LlamaConfig:
+    """The shape of a Llama, read from config.json; names are transformers'."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    initializer_range: float
+    rope: dict  # rope_type, rope_theta and, for llama3, its four parameters
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+
+
+def read_config(path):
+    """config.json (old dialect: rope_theta, rope_scaling; transformers 5: rope_parameters) -> LlamaConfig.
+    Raises UserError, naming it, for whatever this forward does not compute."""
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    rope = dict(rope_theta=raw.get("rope_theta", 10000.0)) | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+    raw["partial_rotary_factor"] = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    for key, value, known in (("model_type", raw.get("model_type"), ("llama",)), ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
+                              ("rope_type", rope["rope_type"], ("default", "llama3")),
+                              ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0), (1.0,)),
+                              ("quantization_config", raw.get("quantization_config"), (None,))):
+        if value not in known:
+            raise UserError(f"{path}: {key} is {value!r}; known: {', '.join(map(repr, known))}")
+    needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    missing = [k for k in needed if k not in raw] + [k for k in scaling if rope["rope_type"] == "llama3" and k not in rope]
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} missing")
+    heads = raw["num_attention_heads"]
+    head_dim, kv_heads = raw.get("head_dim") or raw["hidden_size"] // heads, raw.get("num_key_value_heads") or heads
+    if raw["hidden_size"] % heads or heads % kv_heads or head_dim % 2:
+        raise UserError(f"{path}: hidden_size {raw['hidden_size']}, {heads} heads of head_dim {head_dim}, {kv_heads} key-value heads:"
+                        " heads must divide hidden_size, key-value heads the heads, and head_dim must be even")
+    return LlamaConfig(**{k: raw[k] for k in needed}, num_key_value_heads=kv_heads, head_dim=head_dim,
+                       rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02), rope=rope,
+                       tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                       attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False))
+
+
+def rope_frequencies(config):
+    """Radians per position of each pair of dimensions (head_dim/2,), float32. llama3 (Llama 3.1) divides the low frequencies by
+    `factor`, keeps the high ones, and goes linearly from one to the other between."""
+    rope, dim = config.rope, config.head_dim
+    freqs = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)  # over the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
+    return freqs
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, H, T, head_dim): dimension j turns with j + head_dim/2, as Hugging Face orders them."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """In the dtype of its input: the float32 master weight is cast where it is used (under FSDP2 it comes already cast)."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = Linear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x, cos, sin, mask):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, head_dim)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.frequencies = rope_frequencies(c)
+        self.dtype, self.checkpoint_activations = torch.float32, False
+
+    def forward(self, ids, positions, segments):
+        x = self.embed_tokens(ids).to(self.dtype)
+        self.frequencies = self.frequencies.to(x.device)
+        angles = positions[:, None, :, None] * self.frequencies  # (B, 1, T, head_dim/2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding (-1) sees padding.
+        query, key = segments[:, None, :, None], segments[:, None, None, :]
+        mask = ((query == key) | ((key == 0) & (query > 0))).tril()  # (B, 1, T, T)
+        for layer in self.layers:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask)
+        return self.norm(x)
+
+
+def build(make, device, precision, shard, compile_layers, checkpoint_activations):
+    """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each rank, or
+    with `shard` FSDP2's share of it."""
+    with torch.device("meta"):
+        model = make()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
+    if compile_layers:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    if shard:  # bf16 products; float32 gradients and their sums
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module in (*model.model.layers, model):  # also the root: a forward without backward must leave no whole weights
+            fully_shard(module, mp_policy=mixed, reshard_after_forward=True)
+    return model.to_empty(device=device)
+# --- end shared: llama ---
+
+
+# --- shared: checkpoint (train_sft, train_rm, train_pref) ---
+def find_model(name):
+    """A model directory, or a Hub id's snapshot (safetensors and JSON only: pickled weights are never fetched)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or len(Path(name).parts) > 2 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such model directory")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no such directory, and not on the Hub: {error}") from None
+
+
+def open_safetensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(directory):
+    """Fingerprint of a model directory: its config and weights."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def verify(directory):
+    """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's. Raises
+    UserError naming the first file that is damaged."""
+    manifest, damaged = directory / "manifest.json", None
+    if manifest.exists() or (directory / "trainer").exists():
+        try:
+            digests = json.loads(manifest.read_text())
+            damaged = next((n for n, d in digests.items() if not (directory / n).exists() or sha256(directory / n) != d), None)
+        except (OSError, ValueError):
+            damaged = manifest.name
+    if damaged:
+        raise UserError(f"{directory / damaged} is missing or differs from what was written: restore it, or delete {directory} and"
+                        " go on from the checkpoint before")
+    return directory
+
+
+def whole(tensor):
+    """A parameter or optimizer tensor as the checkpoint holds it: unsharded (all ranks take part), on CPU on rank 0 alone."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # A copy: what was gathered from uneven shares is a view of a padded whole, which safetensors would refuse.
+    return tensor.to("cpu", copy=True).contiguous() if dist.get_rank() == 0 else None
+
+
+def share_like(param, tensor):
+    """A whole tensor -> this rank's share of it, laid out like `param`."""
+    tensor = tensor.to(param.device, param.dtype)
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None) if isinstance(param, DTensor) else tensor
+
+
+@torch.no_grad()
+def load_weights(model, directory, new=(), drop=()):
+    """Fill every parameter from the directory's safetensors, one or sharded. Strict: raises UserError naming a missing, extra
+    or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop` unread. Returns the model."""
+    directory = verify(directory)
+    index = directory / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    if not (directory / files[0]).exists():
+        raise UserError(f"{directory}: no model.safetensors (pickled weights, *.bin, are never read: convert them)")
+    files = {name: file for file in map(open_safetensors, (directory / f for f in files)) for name in file.keys()}
+    params = {name: param for name, param in model.named_parameters() if name not in new}
+    # Left out: rotary tables, which old exports hold and the config determines; the second copy of a tied head.
+    extra = sorted(name for name in files.keys() - params.keys() - {*drop} if not name.endswith("rotary_emb.inv_freq"))
+    if extra == ["lm_head.weight"]:
+        if torch.equal(files[extra[0]].get_tensor(extra[0]), files["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")):
+            extra = []
+    missing = sorted(params.keys() - files.keys())
+    if missing or extra:
+        raise UserError(f"{directory}: the weights do not fit config.json: missing {missing[:4]}, extra {extra[:4]}"
+                        f" ({len(missing)} and {len(extra)} in all)")
+    for name, param in params.items():
+        shape = files[name].get_slice(name).get_shape()
+        if shape != list(param.shape):
+            raise UserError(f"{directory}: {name} has shape {shape}, config.json says {list(param.shape)}")
+        param.copy_(share_like(param, files[name].get_tensor(name)))
+    return model
+
+
+def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=None, head=None):
+    """Write a model directory that transformers loads, with trainer/ if there is an optimizer; all ranks call it. `head`: what
+    config.json says of a head that is no language model's. It is made aside, synced and renamed: `directory` is whole or absent.
+    Raises UserError (disk full, say) with nothing half-written."""
+    aside, failure = directory.with_name(f".{directory.name}.tmp"), None
+    moments = {key: {name: optimizer.state[p].get(key) for name, p in model.named_parameters()}
+               for key in ("exp_avg", "exp_avg_sq")} if optimizer is not None and optimizer.state else {}
+    for part, tensors in {"weights": dict(model.named_parameters()), **moments}.items():
+        tensors = {name: whole(tensor) for name, tensor in tensors.items()}  # all ranks, even after a failure
+        if dist.get_rank() == 0 and failure is None:
+            try:
+                if part == "weights":
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (aside / "trainer").mkdir(parents=True)
+                    save_torch_state_dict(tensors, aside)
+                    write_model_files(aside, tokenizer, source, head)
+                else:
+                    save_file(tensors, aside / "trainer" / f"{part}.safetensors")
+            except (OSError, SafetensorError) as error:
+                failure = error
+
+    def finish():
+        try:
+            if failure is not None:
+                raise failure
+            if state is None:
+                (aside / "trainer").rmdir()
+            else:
+                rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+                save_file(rng, aside / "trainer" / "rng.safetensors")
+                (aside / "trainer" / "state.json").write_text(json.dumps(state))
+            publish(aside, directory)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(f"cannot write {directory}: {error}; earlier checkpoints are intact") from None
+
+    on_rank_0(finish)
+
+
+def write_model_files(directory, tokenizer, source, head=None):
+    """config.json, the tokenizer and, for a language model, generation_config.json beside the weights, from the model at `source`."""
+    config = json.loads((source / "config.json").read_text()) | (head or dict(architectures=["LlamaForCausalLM"])) | dict(dtype="float32")
+    config.pop("torch_dtype", None)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer.save_pretrained(directory)
+    if head:
+        return
+    generation = source / "generation_config.json"
+    generation = json.loads(generation.read_text()) if generation.exists() else {"bos_token_id": tokenizer.bos_token_id}
+    stops = generation.get("eos_token_id") or []
+    stops = stops if isinstance(stops, list) else [stops]
+    if tokenizer.eos_token_id not in stops:  # what training wrote at the end of each response must stop generation
+        generation["eos_token_id"] = [*stops, tokenizer.eos_token_id]
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
+
+
+def publish(aside, directory):
+    """Write the manifest, settle every file and directory, then rename: the name appears when all of it is on disk."""
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    manifest = aside / "manifest.json"
+    manifest.write_text(json.dumps({str(path.relative_to(aside)): sha256(path) for path in files}, indent=2))
+    for path in [*files, manifest, *(p for p in aside.rglob("*") if p.is_dir()), aside]:
+        settle(path)
+    os.rename(aside, directory)
+    settle(directory.parent)
+
+
+def settle(path):
+    """Permissions from the umask (safetensors writes 0600), and fsync."""
+    if path.is_file():
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_aside(path, write):
+    """write(temporary path), settle and rename: `path` is whole or as it was."""
+    aside = path.with_name(f".{path.name}.tmp")
+    write(aside)
+    settle(aside)
+    os.replace(aside, path)
+    settle(path.parent)
+
+
+# Flags that fit a run to its machine or say what it keeps; every other flag must be the same when a run resumes.
+FREE_FLAGS = {"resume", "keep", "track", "timeout", "micro_batch_size", "shard", "checkpoint_activations", "compile", "out"}
+
+
+def checkpoint_to_resume(out, header):
+    """-> out/final if the run is complete, its newest checkpoint, or None to begin. `header` is the line that this run would
+    begin metrics.jsonl with. Raises UserError where `out` holds something else or another run."""
+    out.mkdir(parents=True, exist_ok=True)
+    if all(path.name.startswith(".") for path in out.iterdir()):  # nothing, or what a kill left of the very first file
+        return None
+    if header["args"]["resume"] == "never":
+        raise UserError(f"--resume never, and {out} is not empty: choose another --out")
+    try:
+        found = json.loads((out / "metrics.jsonl").read_text().split("\n")[0])
+        then, now = ({"script": h["script"], "data fingerprint": h["data"]} | h["args"] for h in (found, header))
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{out} is not empty and holds no run (no metrics.jsonl): choose another --out") from None
+    differ = [f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in sorted({*then, *now} - FREE_FLAGS) if then.get(k) != now.get(k)]
+    if differ:
+        raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out")
+    if (out / "final").exists():
+        return out / "final"
+    steps = sorted(out.glob("step_*"))
+    return verify(steps[-1]) if steps else None
+
+
+@torch.no_grad()
+def load_trainer(directory, model, optimizer):
+    """Put back the optimizer state and random state that save_checkpoint wrote; -> the state dict. Any number of ranks."""
+    trainer = directory / "trainer"
+    state = json.loads((trainer / "state.json").read_text())
+    for key in ("exp_avg", "exp_avg_sq"):
+        if (trainer / f"{key}.safetensors").exists():
+            with open_safetensors(trainer / f"{key}.safetensors") as file:
+                for name, param in model.named_parameters():
+                    moment = torch.zeros_like(param).copy_(share_like(param, file.get_tensor(name)))
+                    optimizer.state[param] |= {key: moment, "step": torch.tensor(float(state["updates"]), device=param.device)}
+    with open_safetensors(trainer / "rng.safetensors") as file:
+        torch.set_rng_state(file.get_tensor("cpu"))
+        if torch.cuda.is_available() and "cuda" in file.keys():
+            torch.cuda.set_rng_state(file.get_tensor("cuda"))
+    return state
+
+
+def prune(out, keep):
+    """Delete all but the newest `keep` checkpoints (0: none is deleted), each renamed first so that none is half there."""
+    for directory in sorted(out.glob("step_*"))[: -keep or 0] if keep else []:
+        doomed = directory.with_name(f".{directory.name}.old")
+        os.rename(directory, doomed)
+        shutil.rmtree(doomed)
+# --- end shared: checkpoint ---
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+def main():
+    args = parse_args()
+    rank, world, device = start(args.seed, args.timeout)
+    say = tqdm.write if rank == 0 else lambda line: None
+    out = Path(args.out)
+
+    # Data
+    model_dir = find_model(args.model)
+    tokenizer, config = load_tokenizer(model_dir), read_config(model_dir)
+    limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length, args.truncation)
+    pairs, _, report = load_pairs(args.data, False, *limits)
+    say(report)
+    eval_pairs = []
+    if args.eval_data:
+        eval_pairs, _, report = load_pairs(args.eval_data, True, *limits)
+        say(report)
+    steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
+    total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+
+    # A new run, or one to go on with
+    data_print = ids_sha256(ids for pair in pairs + eval_pairs for ids in (pair.prompt, pair.chosen, pair.rejected))
+    header = run_header("train_rm", args, world, device, data=data_print, pairs=len(pairs), steps=total)
+    resumed = on_rank_0(lambda: checkpoint_to_resume(out, header))
+    if resumed == out / "final":
+        say(f"{resumed} exists: this run is complete. Give another --out to begin a new one.")
+        return
+
+    # Reward model and optimizer
+    reward_model = build(lambda: RewardModel(config), device, args.precision, args.shard, args.compile, args.checkpoint_activations)
+    say(load_reward_model(reward_model, resumed or model_dir, args.seed))
+    head = dict(architectures=["LlamaForSequenceClassification"], id2label={"0": "reward"}, label2id={"reward": 0},
+                pad_token_id=choose_pad(tokenizer))
+    metrics_file = open_metrics(out / "metrics.jsonl", header, resumed) if rank == 0 else None
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=args.lr, eps=args.adam_eps, weight_decay=args.weight_decay,
+                                  fused=True)
+    state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0)
+    if resumed:
+        state = load_trainer(resumed, reward_model, optimizer)
+        say(f"resumed from {resumed}")
+    # The sum over ranks comes once a step; the buckets are the gradients themselves, so DDP costs no memory.
+    model = reward_model if args.shard or world == 1 else DistributedDataParallel(reward_model, gradient_as_bucket_view=True)
+    track = make_tracker(args.track if rank == 0 else "none", out, args)
+    say(f"reward model: {sum(p.numel() for p in reward_model.parameters()) / 1e6:.2f}M parameters, {len(pairs)} pairs, {total} steps"
+        f" of {args.batch_size}, {world} x {header['device']}, {args.precision} -> {out}")
+
+    stop, began, order_epoch, order = Stop(), time.perf_counter(), None, None
+    bar = tqdm(total=total, initial=state["step"], disable=rank > 0 or not sys.stderr.isatty(), unit="step")
+    for step in range(state["step"] + 1, total + 1):
+        step_began = time.perf_counter()
+        epoch, k = divmod(step - 1, steps_per_epoch)
+        if epoch != order_epoch:
+            order_epoch, order = epoch, epoch_order(len(pairs), args.seed, epoch)
+        batch = [pairs[i] for i in order[k * args.batch_size : (k + 1) * args.batch_size]]
+        lr = learning_rate(step, total, args.warmup_steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rewards, grad_norm, applied = reward_step(model, optimizer, batch, args, rank, world, device)
+
+        step_s = time.perf_counter() - step_began
+        n_tokens = sum(p.n_tokens + len(p.prompt) for p in batch)  # the prompt twice, as TRL counts
+        state = dict(step=step, updates=state["updates"] + applied, num_tokens=state["num_tokens"] + n_tokens,
+                     skipped=state["skipped"] + (not applied), skipped_in_a_row=0 if applied else state["skipped_in_a_row"] + 1)
+        metrics = reward_metrics(rewards, args.center)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "epoch": step / steps_per_epoch, "num_tokens": state["num_tokens"],
+                    "skipped": state["skipped"], "tokens_per_s": n_tokens / step_s, "step_s": step_s, "mem_gb": memory_gb(device)}
+        if args.eval_every and eval_pairs and (step % args.eval_every == 0 or step == total):
+            eval_rewards = all_rewards(reward_model, eval_pairs, args, rank, world, device, "evaluation")
+            table = dict(step=step) | calibration(eval_rewards)
+            metrics |= {f"eval_{k}": v for k, v in reward_metrics(eval_rewards, args.center).items()} | {"eval_ece": table["ece"]}
+            if rank == 0:
+                write_aside(out / "calibration.json", lambda aside: aside.write_text(json.dumps(table, indent=2)))
+        if rank == 0:
+            write_metrics(metrics_file, {"step": step} | metrics)
+            track(metrics, step)
+            say(reward_line(step, total, metrics, applied))
+            bar.update()
+        if state["skipped_in_a_row"] == 10:
+            raise UserError(f"10 steps in a row had a loss or gradient that is not finite, up to step {step}: lower --lr, or look"
+                            f" at the data; the weights are those of the last good step, the last checkpoint is in {out}")
+
+        signum = stop.agreed(device)
+        if signum or (args.save_every and step % args.save_every == 0):
+            save_checkpoint(out / f"step_{step:06d}", reward_model, tokenizer, model_dir, optimizer, state, head)
+            on_rank_0(lambda: prune(out, args.keep))
+        if signum:
+            say(f"stopped by signal {signum} after step {step}; the same command goes on from there")
+            return 128 + signum
+
+    bar.close()
+    save_checkpoint(out / "final", reward_model, tokenizer, model_dir, head=head)
+    if rank == 0:
+        say(f"done: {total} steps in {time.perf_counter() - began:.0f} s; reward model in {out}/final")
+        if (out / "calibration.json").exists():
+            say(reliability(json.loads((out / "calibration.json").read_text())))
+
+
+def reward_line(step, total, m, applied):
+    """What the screen says of a step."""
+    line = (f"step {step}/{total} | loss {m['loss']:.4f} | acc {m['rewards/accuracies']:.2f} | margin {m['rewards/margins']:+.4f}"
+            f" | norm {m['grad_norm']:.3f} | lr {m['learning_rate']:.2e} | {1e3 * m['step_s']:.0f} ms | {m['tokens_per_s']:.0f} tok/s")
+    if "eval_loss" in m:
+        line += (f" || held out: loss {m['eval_loss']:.4f} acc {m['eval_rewards/accuracies']:.3f} margin"
+                 f" {m['eval_rewards/margins']:+.3f} ece {m['eval_ece']:.3f}")
+    return line if applied else line + " | NOT FINITE: skipped"
+
+
+def reliability(table):
+    """calibration.json for the screen."""
+    lines = [f"held out, {table['pairs']} pairs: expected calibration error {table['ece']:.3f}", "confidence    pairs   mean  right"]
+    for row in table["bins"]:
+        means = f"{row['confidence']:.3f}  {row['accuracy']:.3f}" if row["count"] else "    -      -"
+        lines.append(f"{row['low']:.2f} - {row['high']:.2f} {row['count']:6d}  {means}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    guard(main)
