@@ -67,13 +67,13 @@ def problems(texts):
 
 def test_shared_blocks():
     texts = scripts()
-    assert len(texts) >= 2 and all(blocks(text) for text in texts.values())
+    assert len(texts) >= 2 and sum(bool(blocks(text)) for text in texts.values()) >= 2  # bandit.py stands alone
     assert not (found := problems(texts)), "\n\n".join(found)
 
 
 def test_a_difference_is_seen():
     texts = scripts()
-    name = next(iter(texts))
+    name = next(script for script in texts if blocks(texts[script]))
     block = next(iter(blocks(texts[name]).values()))[1]
     line = block.splitlines()[2]
     changed = {**texts, name: texts[name].replace(block, block.replace(line, line + "  # changed", 1))}
@@ -108,7 +108,7 @@ def test_fix(tmp_path):
     texts = scripts()
     for script, text in texts.items():
         (tmp_path / f"{script}.py").write_text(text)
-    a, b = list(texts)[:2]
+    a, b = [script for script in texts if blocks(texts[script])][:2]
     shared = next(name for name, (members, _) in blocks(texts[a]).items() if b in members)
     old = blocks(texts[a])[shared][1]
     (tmp_path / f"{a}.py").write_text(texts[a].replace(old, old.replace("\n", "\n# a new line\n", 1)))

@@ -18,8 +18,6 @@ What is made (one JSON object a line in the .gz files; the prompts of the four f
     pairs.jsonl.gz      {prompt, chosen, rejected, chosen_truth, rejected_truth}, 2,048 prompts
     pairs_eval.jsonl.gz 256 more
 
-main_job.jsonl is not made here: it holds the metric lines of the README's main job on these pairs.
-
 A pair is two samples of sft/ (temperature 1, top-p 1). Which one is chosen is drawn from the Bradley-Terry model of their
 truths, so labels are noisy: a truth that is higher by 1 wins 73% of the time. A prompt is left out if its two samples are
 equal, or if one is empty or has no end within MAX_NEW words: a text without EOS cannot be told in this format. The script
