@@ -176,6 +176,7 @@ PRESETS = {
     "toy": dict(model=f"{HERE}/toy/base/config.json", data=f"{HERE}/toy/sft.jsonl.gz", eval_data=f"{HERE}/toy/sft_eval.jsonl.gz",
                 epochs=4, max_length=128, max_prompt_length=96, batch_size=48, micro_batch_size=16, lr=3e-3, warmup_steps=200,
                 save_every=400, eval_every=200),
+    "paper": dict(PAPER, data=None, eval_data=""),
     "tldr": dict(PAPER, data="tldr", eval_data="tldr"),
     "hh": dict(PAPER, data="hh", eval_data="hh"),
     "tldr+hh": dict(PAPER, data="tldr+hh", eval_data="tldr+hh"),
@@ -208,7 +209,8 @@ class Parser(argparse.ArgumentParser):
 def common_flags(parser, presets):
     """The flags every trainer has. An example is a pair or a demonstration; defaults marked 'preset' come from --preset."""
     add = parser.add_argument
-    add("--preset", choices=list(presets), default="toy", help="set of defaults; a flag given wins (default: %(default)s)")
+    add("--preset", choices=list(presets), help="set of defaults; a flag given wins (default: toy; paper if --model or --data is"
+        " given)")
     add("--model", help="start: model directory, Hub id (or, in train_sft.py, a config.json: random weights) (preset)")
     add("--data", help="training data: .jsonl[.gz], recipe name or Hub id; a+b pools two (preset)")
     add("--eval_data", help="held-out data, likewise; '' for none (preset)")
@@ -249,10 +251,15 @@ def positive_int(text):
 
 
 def parse_with_preset(parser, presets, argv):
-    """Parse twice: the first pass finds --preset, whose dict then stands for the defaults of the second."""
-    parser.set_defaults(**presets["toy"])
-    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    """Parse twice: the first pass finds the preset, whose dict then stands for the defaults of the second. A model or data of
+    one's own begins from the paper's recipe: the toy's learning rate and lengths would spoil it unnoticed."""
+    given = parser.parse_known_args(argv)[0]
+    preset = given.preset or ("paper" if given.model or given.data else "toy")
+    parser.set_defaults(**presets[preset])
+    parser.set_defaults(preset=preset)
     args = parser.parse_args(argv)
+    if not args.data:
+        parser.error("--data is missing: give a file, recipe or Hub id, or another --preset")
     if args.max_prompt_length >= args.max_length:
         parser.error(f"--max_prompt_length {args.max_prompt_length} leaves no room in --max_length {args.max_length}")
     return args

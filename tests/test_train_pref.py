@@ -704,7 +704,12 @@ def test_help_texts_and_presets(monkeypatch):
     assert all(texts) and len(set(texts)) == len(texts) > 30
     assert len({frozenset(preset) for preset in tp.PRESETS.values()}) == 1
     for preset in tp.PRESETS:  # a preset sets flags that exist, and each of them completely
-        args = tp.parse_args(["--preset", preset])
+        args = tp.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
         assert set(tp.PRESETS[preset]) <= set(vars(args)) and None not in (vars(args)[key] for key in tp.PRESETS[preset])
     assert tp.parse_args("--preset tldr --beta 0.3".split()).beta == 0.3  # a flag given wins
+    mine = tp.parse_args("--model mine --data mine.jsonl".split())  # never the toy's rate and lengths unasked
+    assert (mine.preset, mine.lr, mine.max_length, mine.beta, mine.eval_data) == ("paper", 1e-6, 640, 0.05, "")
+    assert tp.parse_args("--preset toy --data mine.jsonl".split()).lr == tp.parse_args([]).lr == 2e-4
+    with pytest.raises(tp.UserError, match="--data is missing"):
+        tp.parse_args(["--model", "mine"])
     assert {flag for flags in tp.LOSS_FLAGS.values() for flag in flags} <= set(vars(tp.parse_args([])))

@@ -425,9 +425,11 @@ def test_presets():
     assert len({frozenset(preset) for preset in rm.PRESETS.values()}) == 1
     golden = rm.parse_args(["--preset", "tldr+hh"])
     assert (golden.data, golden.batch_size, golden.lr, golden.epochs, golden.shard) == ("tldr+hh", 128, 5e-6, 1, True)
+    mine = rm.parse_args(["--data", "mine.jsonl"])
+    assert (mine.preset, mine.lr, mine.shard) == ("paper", 5e-6, False)
     assert not rm.parse_args(["--preset", "tldr+hh", "--no-shard"]).shard and not rm.parse_args([]).shard
     for preset in rm.PRESETS:
-        args = rm.parse_args(["--preset", preset])
+        args = rm.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
         assert args.out == f"out/rm-{preset}-seed0" and args.center == 0 and None not in vars(args).values()
 
 

@@ -182,8 +182,13 @@ def test_presets():
     keys = {frozenset(preset) for preset in sft.PRESETS.values()}
     assert len(keys) == 1
     for preset in sft.PRESETS:
-        args = sft.parse_args(["--preset", preset])
+        args = sft.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
         assert args.out == f"out/sft-{preset}"
+    assert sft.parse_args([]).preset == "toy" and sft.parse_args(["--preset", "toy", "--data", "mine.jsonl"]).lr == 3e-3
+    mine = sft.parse_args(["--data", "mine.jsonl"])  # never the toy's rate and lengths unasked
+    assert (mine.preset, mine.lr, mine.max_length, mine.eval_data) == ("paper", 1e-6, 640, "")
+    with pytest.raises(sft.UserError, match="--data is missing"):
+        sft.parse_args(["--model", "mine"])
     assert "tldr+hh" in sft.PRESETS and sft.PRESETS["tldr+hh"]["data"] == "tldr+hh"
 
 
