@@ -33,6 +33,7 @@ import torch.nn.functional as F
 # need importance_weights and ipo_loss at beta = inf, which is delta^2; section 4.3 trains with all of them.
 
 
+# --- shared: losses (bandit, train_pref) ---
 def dpo_loss(pc, pr, rc, rr, *, beta, label_smoothing=0.0):
     """-log sigmoid(beta delta): Rafailov et al. 2023, Eq. 7. `label_smoothing` eps is the chance that a label is flipped:
     -(1 - eps) log sigmoid(beta delta) - eps log sigmoid(-beta delta) (cDPO, Mitchell 2023)."""
@@ -78,6 +79,7 @@ def length_dpo_loss(pc, pr, rc, rr, *, beta, alpha, chosen_lengths, rejected_len
     """-log sigmoid(beta delta + alpha (|y_w| - |y_l|)): Park et al. 2024. Plus: a longer winner needs less reward margin."""
     logits = beta * ((pc - rc) - (pr - rr)) + alpha * (chosen_lengths - rejected_lengths)
     return -F.logsigmoid(logits)
+# --- end shared: losses ---
 
 
 # ---------------------------------------------------------------------------------------------- the bandit: section 3.2

@@ -62,6 +62,7 @@ from kernels.logprob import linear_sequence_logps
 # so the response lengths (B,) in tokens. With rho = log pi - log ref of a response, delta = rho_w - rho_l.
 
 
+# --- shared: losses (bandit, train_pref) ---
 def dpo_loss(pc, pr, rc, rr, *, beta, label_smoothing=0.0):
     """-log sigmoid(beta delta): Rafailov et al. 2023, Eq. 7. `label_smoothing` eps is the chance that a label is flipped:
     -(1 - eps) log sigmoid(beta delta) - eps log sigmoid(-beta delta) (cDPO, Mitchell 2023)."""
@@ -107,6 +108,7 @@ def length_dpo_loss(pc, pr, rc, rr, *, beta, alpha, chosen_lengths, rejected_len
     """-log sigmoid(beta delta + alpha (|y_w| - |y_l|)): Park et al. 2024. Plus: a longer winner needs less reward margin."""
     logits = beta * ((pc - rc) - (pr - rr)) + alpha * (chosen_lengths - rejected_lengths)
     return -F.logsigmoid(logits)
+# --- end shared: losses ---
 
 
 # The flags that each loss reads besides --beta; any other one set for it is refused.
