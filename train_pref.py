@@ -228,7 +228,7 @@ def parse_args(argv=None):
     return args
 
 
-# --- shared: flags (train_sft, train_rm, train_pref) ---
+# --- shared: parser (train_sft, train_rm, train_pref, evaluate) ---
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is a UserError, so that one rank says it once."""
 
@@ -236,6 +236,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+# --- end shared: parser ---
+
+
+# --- shared: flags (train_sft, train_rm, train_pref) ---
 def common_flags(parser, presets):
     """The flags every trainer has. An example is a pair or a demonstration; defaults marked 'preset' come from --preset."""
     add = parser.add_argument
@@ -273,12 +283,6 @@ def common_flags(parser, presets):
     add("--timeout", type=positive_int, default=1800, help="seconds after which a rank that hangs ends the run (default: %(default)s)")
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
-
 
 def parse_with_preset(parser, presets, argv):
     """Parse twice: the first pass finds the preset, whose dict then stands for the defaults of the second. A model or data of
@@ -296,21 +300,7 @@ def parse_with_preset(parser, presets, argv):
 # --- end shared: flags ---
 
 
-# --- shared: pairs (train_rm, train_pref) ---
-@dataclass
-class Pair:
-    """Token ids. The prompt begins with BOS if the tokenizer has one; a response that was not cut ends with EOS."""
-
-    prompt: array
-    chosen: array
-    rejected: array
-
-    @property
-    def n_tokens(self):
-        """Tokens of the shared-prompt row: what the pair costs."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-
+# --- shared: split (train_rm, train_pref, evaluate) ---
 def split_pair(row, tokenizer):
     """A data row -> prompt, chosen, rejected texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings share all up
     to the last common "\\n\\nAssistant:", conversations share their first messages."""
@@ -337,6 +327,23 @@ def split_pair(row, tokenizer):
     if not isinstance(row["prompt"], str):
         raise SkipRow("wrong types")
     return row["prompt"], chosen, rejected
+# --- end shared: split ---
+
+
+# --- shared: pairs (train_rm, train_pref) ---
+@dataclass
+class Pair:
+    """Token ids. The prompt begins with BOS if the tokenizer has one; a response that was not cut ends with EOS."""
+
+    prompt: array
+    chosen: array
+    rejected: array
+
+    @property
+    def n_tokens(self):
+        """Tokens of the shared-prompt row: what the pair costs."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
 
 
 def load_pairs(source, held_out, tokenizer, vocab_size, max_length, max_prompt_length, truncation):
@@ -364,6 +371,7 @@ def load_pairs(source, held_out, tokenizer, vocab_size, max_length, max_prompt_l
             pairs.append(Pair(prompt, chosen, rejected))
             index.append(number)
     return pairs, torch.tensor(index), report.finish(len(pairs), "pairs")
+
 
 
 def pair_rows(pairs, shared_prompt):
@@ -399,7 +407,7 @@ def collate_pairs(pairs, shared_prompt, device):
     return batch_tensors(rows, predict, device, targets=targets, cu_seqlens=cu_seqlens)
 
 
-# --- shared: step (train_sft, train_rm, train_pref) ---
+# --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
 def batch_tensors(rows, predict, device, **lists):
     """Pad rows of (tokens, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,)."""
     T = max(len(tokens) for tokens, _, _ in rows)
@@ -408,12 +416,6 @@ def batch_tensors(rows, predict, device, **lists):
     batch |= {name: torch.tensor(values) for name, values in lists.items()}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
-
-def epoch_order(n, seed, epoch):
-    """The order of n examples in an epoch: a pure function of (seed, epoch), whatever the hardware."""
-    order = list(range(n))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
 
 
 def deal(lengths, micro_batch_size, world):
@@ -427,6 +429,16 @@ def deal(lengths, micro_batch_size, world):
     bounds = [len(order) * g // n_groups for g in range(n_groups + 1)]
     groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
     return [groups[k * world : (k + 1) * world] for k in range(n_rounds)]
+# --- end shared: batches ---
+
+
+# --- shared: step (train_sft, train_rm, train_pref) ---
+def epoch_order(n, seed, epoch):
+    """The order of n examples in an epoch: a pure function of (seed, epoch), whatever the hardware."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
 
 
 def learning_rate(step, total, warmup_steps, peak):
@@ -435,6 +447,7 @@ def learning_rate(step, total, warmup_steps, peak):
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total - warmup_steps)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
 
 
 def clip_and_step(model, optimizer, grad_clip, finite):
@@ -515,9 +528,10 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
     return logps, lengths, grad_norm, applied
 
 
-# --- shared: run (train_sft, train_rm, train_pref) ---
+# --- shared: run (train_sft, train_rm, train_pref, evaluate) ---
 class UserError(ValueError):
     """A mistake its user can mend: said once, in one line, without a traceback."""
+
 
 
 def guard(main):
@@ -538,6 +552,7 @@ def guard(main):
     sys.exit(code)
 
 
+
 def start(seed, timeout):
     """Join the process group -> rank, world, device. Without torchrun it is a group of one: collectives need no `if`."""
     local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
@@ -553,6 +568,7 @@ def start(seed, timeout):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+
 def on_rank_0(function):
     """Run it on rank 0 and give its result, or its UserError, to every rank."""
     box = [None, None]
@@ -565,8 +581,10 @@ def on_rank_0(function):
     if box[1] is not None:
         raise UserError(box[1])
     return box[0]
+# --- end shared: run ---
 
 
+# --- shared: log (train_sft, train_rm, train_pref) ---
 class Stop:
     """After SIGTERM, SIGINT or SIGUSR1 the step ends, all ranks save and exit with 128 + the signal. A second one exits at
     once, unless it comes within a second: torchrun passes a Ctrl-C on to workers that already had it."""
@@ -589,12 +607,14 @@ class Stop:
         return signum.item()
 
 
+
 def run_header(script, args, world, device, **more):
     """What a run must say of itself: the first line of metrics.jsonl."""
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     versions = {package: importlib.import_module(package).__version__ for package in ("torch", "transformers", "safetensors")}
     return dict(script=script, args=vars(args), commit=commit or None, versions=versions, device=name, world=world, **more)
+
 
 
 def open_metrics(path, header, resumed):
@@ -608,11 +628,13 @@ def open_metrics(path, header, resumed):
     return path.open("a")
 
 
+
 def write_metrics(file, metrics):
     """One JSON line. JSON has no NaN: what is not finite is written as null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
     file.write(json.dumps(clean) + "\n")
     file.flush()
+
 
 
 def make_tracker(kind, out, args):
@@ -630,15 +652,16 @@ def make_tracker(kind, out, args):
     return lambda metrics, step: module.log(metrics, step=step)
 
 
+
 def memory_gb(device):
     """Peak memory of this process: of the GPU's allocator, or resident on CPU. In GB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # ru_maxrss is in KiB on Linux
-# --- end shared: run ---
+# --- end shared: log ---
 
 
-# --- shared: data (train_sft, train_rm, train_pref) ---
+# --- shared: data (train_sft, train_rm, train_pref, evaluate) ---
 class SkipRow(Exception):
     """This data row cannot be used; the message is the kind it is counted under."""
 
@@ -720,7 +743,7 @@ def ids_sha256(rows):
 # --- end shared: data ---
 
 
-# --- shared: tokenizer (train_sft, train_rm, train_pref) ---
+# --- shared: tokenizer (train_sft, train_rm, train_pref, evaluate) ---
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
@@ -825,7 +848,7 @@ def render_chat(tokenizer, prompt, response):
 # --- end shared: tokenizer ---
 
 
-# --- shared: llama (train_sft, train_rm, train_pref) ---
+# --- shared: llama (train_sft, train_rm, train_pref, evaluate) ---
 @dataclass
 class LlamaConfig:
     """The shape of a Llama, read from config.json; names are transformers'."""
@@ -1026,7 +1049,7 @@ def build_llama(config, device, kernel, precision, shard, compile_layers, checkp
 # --- end shared: policy ---
 
 
-# --- shared: checkpoint (train_sft, train_rm, train_pref) ---
+# --- shared: load (train_sft, train_rm, train_pref, evaluate) ---
 def find_model(name):
     """A model directory, or a Hub id's snapshot (safetensors and JSON only: pickled weights are never fetched)."""
     if Path(name).is_dir():
@@ -1039,6 +1062,7 @@ def find_model(name):
         raise UserError(f"{name}: no such directory, and not on the Hub: {error}") from None
 
 
+
 def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
@@ -1046,15 +1070,18 @@ def open_safetensors(path):
         raise UserError(f"{path}: not a whole safetensors file: {error}") from None
 
 
+
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 
 def weights_sha256(directory):
     """Fingerprint of a model directory: its config and weights."""
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
 
 
 def verify(directory):
@@ -1073,18 +1100,12 @@ def verify(directory):
     return directory
 
 
-def whole(tensor):
-    """A parameter or optimizer tensor as the checkpoint holds it: unsharded (all ranks take part), on CPU on rank 0 alone."""
-    tensor = tensor.detach()
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    # A copy: what was gathered from uneven shares is a view of a padded whole, which safetensors would refuse.
-    return tensor.to("cpu", copy=True).contiguous() if dist.get_rank() == 0 else None
-
 
 def share_like(param, tensor):
     """A whole tensor -> this rank's share of it, laid out like `param`."""
     tensor = tensor.to(param.device, param.dtype)
     return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None) if isinstance(param, DTensor) else tensor
+
 
 
 @torch.no_grad()
@@ -1113,6 +1134,39 @@ def load_weights(model, directory, new=(), drop=()):
             raise UserError(f"{directory}: {name} has shape {shape}, config.json says {list(param.shape)}")
         param.copy_(share_like(param, files[name].get_tensor(name)))
     return model
+
+
+
+def settle(path):
+    """Permissions from the umask (safetensors writes 0600), and fsync."""
+    if path.is_file():
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+
+def write_aside(path, write):
+    """write(temporary path), settle and rename: `path` is whole or as it was."""
+    aside = path.with_name(f".{path.name}.tmp")
+    write(aside)
+    settle(aside)
+    os.replace(aside, path)
+    settle(path.parent)
+# --- end shared: load ---
+
+
+# --- shared: save (train_sft, train_rm, train_pref) ---
+def whole(tensor):
+    """A parameter or optimizer tensor as the checkpoint holds it: unsharded (all ranks take part), on CPU on rank 0 alone."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # A copy: what was gathered from uneven shares is a view of a padded whole, which safetensors would refuse.
+    return tensor.to("cpu", copy=True).contiguous() if dist.get_rank() == 0 else None
+
 
 
 def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=None, head=None):
@@ -1154,6 +1208,7 @@ def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=N
     on_rank_0(finish)
 
 
+
 def write_model_files(directory, tokenizer, source, head=None):
     """config.json, the tokenizer and, for a language model, generation_config.json beside the weights, from the model at `source`."""
     config = json.loads((source / "config.json").read_text()) | (head or dict(architectures=["LlamaForCausalLM"])) | dict(dtype="float32")
@@ -1171,6 +1226,7 @@ def write_model_files(directory, tokenizer, source, head=None):
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
+
 def publish(aside, directory):
     """Write the manifest, settle every file and directory, then rename: the name appears when all of it is on disk."""
     files = sorted(path for path in aside.rglob("*") if path.is_file())
@@ -1182,28 +1238,10 @@ def publish(aside, directory):
     settle(directory.parent)
 
 
-def settle(path):
-    """Permissions from the umask (safetensors writes 0600), and fsync."""
-    if path.is_file():
-        umask = os.umask(0)
-        os.umask(umask)
-        path.chmod(0o666 & ~umask)
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_aside(path, write):
-    """write(temporary path), settle and rename: `path` is whole or as it was."""
-    aside = path.with_name(f".{path.name}.tmp")
-    write(aside)
-    settle(aside)
-    os.replace(aside, path)
-    settle(path.parent)
-
 
 # Flags that fit a run to its machine or say what it keeps; every other flag must be the same when a run resumes.
 FREE_FLAGS = {"resume", "keep", "track", "timeout", "micro_batch_size", "shard", "checkpoint_activations", "compile", "out"}
+
 
 
 def checkpoint_to_resume(out, header):
@@ -1228,6 +1266,7 @@ def checkpoint_to_resume(out, header):
     return verify(steps[-1]) if steps else None
 
 
+
 @torch.no_grad()
 def load_trainer(directory, model, optimizer):
     """Put back the optimizer state and random state that save_checkpoint wrote; -> the state dict. Any number of ranks."""
@@ -1246,13 +1285,14 @@ def load_trainer(directory, model, optimizer):
     return state
 
 
+
 def prune(out, keep):
     """Delete all but the newest `keep` checkpoints (0: none is deleted), each renamed first so that none is half there."""
     for directory in sorted(out.glob("step_*"))[: -keep or 0] if keep else []:
         doomed = directory.with_name(f".{directory.name}.old")
         os.rename(directory, doomed)
         shutil.rmtree(doomed)
-# --- end shared: checkpoint ---
+# --- end shared: save ---
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
