@@ -300,7 +300,7 @@ def parse_with_preset(parser, presets, argv):
 # --- end shared: flags ---
 
 
-# --- shared: split (train_rm, train_pref, evaluate) ---
+# --- shared: pairs (train_rm, train_pref) ---
 def split_pair(row, tokenizer):
     """A data row -> prompt, chosen, rejected texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings share all up
     to the last common "\\n\\nAssistant:", conversations share their first messages."""
@@ -327,10 +327,8 @@ def split_pair(row, tokenizer):
     if not isinstance(row["prompt"], str):
         raise SkipRow("wrong types")
     return row["prompt"], chosen, rejected
-# --- end shared: split ---
 
 
-# --- shared: pairs (train_rm, train_pref) ---
 @dataclass
 class Pair:
     """Token ids. The prompt begins with BOS if the tokenizer has one; a response that was not cut ends with EOS."""
@@ -948,12 +946,19 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
         self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, cos, sin, mask):
+    def forward(self, x, cos, sin, mask, cached=None):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, head_dim)
+        if cached is None:
+            k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, head_dim)
+        else:  # generation: keys and values (B, K, L, head_dim) of all tokens so far, with room for these T at the end
+            keys, values = cached
+            keys[:, :, -T:], values[:, :, -T:] = k, v
+            q = q.reshape(B, self.K, -1, self.head_dim)  # the H/K heads of a kv head as more queries: nothing is copied
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(1, 1, self.H // self.K, 1))
+            out = out.view(B, self.H, T, -1)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -975,13 +980,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def forward(self, x, cos, sin, mask, cached=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's."""
+    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. `cache` holds the
+    tokens before these (evaluate.py): cache.extend(segments) -> segments (B, L) of all tokens, one (keys, values) a layer."""
 
     def __init__(self, c):
         super().__init__()
@@ -991,19 +997,20 @@ class LlamaModel(nn.Module):
         self.frequencies = rope_frequencies(c)
         self.dtype, self.checkpoint_activations = torch.float32, False
 
-    def forward(self, ids, positions, segments):
+    def forward(self, ids, positions, segments, cache=None):
         x = self.embed_tokens(ids).to(self.dtype)
         self.frequencies = self.frequencies.to(x.device)
         angles = positions[:, None, :, None] * self.frequencies  # (B, 1, T, head_dim/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding (-1) sees padding.
-        query, key = segments[:, None, :, None], segments[:, None, None, :]
-        mask = ((query == key) | ((key == 0) & (query > 0))).tril()  # (B, 1, T, T)
-        for layer in self.layers:
+        key_segments, cached = (segments, [None] * len(self.layers)) if cache is None else cache.extend(segments)
+        query, key = segments[:, None, :, None], key_segments[:, None, None, :]
+        mask = ((query == key) | ((key == 0) & (query > 0))).tril(key.shape[3] - query.shape[2])  # (B, 1, T, L); L = T if no cache
+        for layer, keys_values in zip(self.layers, cached):
             if self.checkpoint_activations and self.training:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask)
+                x = layer(x, cos, sin, mask, keys_values)
         return self.norm(x)
 
 
@@ -1012,7 +1019,7 @@ def build(make, device, precision, shard, compile_layers, checkpoint_activations
     with `shard` FSDP2's share of it."""
     with torch.device("meta"):
         model = make()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
     if compile_layers:
         for layer in model.model.layers:
