@@ -1079,7 +1079,7 @@ def completion_text(ids, stops, tokenizer):
     return tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), ended
 
 
-def scored_ids(tokenizer, vocab_size, texts, responses, max_length, max_prompt_length):
+def scored_ids(tokenizer, texts, responses, vocab_size, max_length, max_prompt_length):
     """Prompt texts and the (text, ended) of their responses -> ids of prompts and responses, as train_rm.py makes them of a pair:
     cut alike, EOS after what came to its end. An empty response is EOS alone."""
     report = Report("")
@@ -1214,12 +1214,12 @@ def choose_pairs(row, rewards, args, report):
     else:
         chosen = list(itertools.combinations(usable, 2))
         chosen = chosen if args.pairs == "all" else [draw("pair").choice(chosen)]
-    pairs = []
+    pairs, left_out = [], []
     for a, b in chosen:
         if row["completions"][a] == row["completions"][b]:
-            report.cut("pair of equal completions")
+            left_out.append("pair of equal completions")
         elif args.noise == "none" and rewards[a] == rewards[b]:
-            report.cut("pair of equal rewards")
+            left_out.append("pair of equal rewards")
         else:
             a_wins = rewards[a] > rewards[b]
             if args.noise == "bt":
@@ -1229,6 +1229,10 @@ def choose_pairs(row, rewards, args, report):
                 texts = [[dict(role="assistant", content=text)] for text in texts]
             high, low = (rewards[a], rewards[b]) if a_wins else (rewards[b], rewards[a])
             pairs.append(dict(prompt=row["prompt"], chosen=texts[0], rejected=texts[1], chosen_reward=high, rejected_reward=low))
+    if not pairs:
+        raise SkipRow(left_out[0])
+    for kind in left_out:
+        report.cut(kind)
     return pairs
 
 

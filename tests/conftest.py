@@ -144,7 +144,7 @@ def process_group():
 @pytest.fixture(scope="session")
 def context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_pref", "train_sft", "train_rm", "runs", "transformers.convert_slow_tokenizer",
+    context.set_forkserver_preload(["train_pref", "train_sft", "train_rm", "evaluate", "runs", "transformers.convert_slow_tokenizer",
                                     "transformers.models.auto.tokenization_auto"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *([before] if before else [])])

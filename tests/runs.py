@@ -40,7 +40,7 @@ def child(script, argv, env, log, call, action):
     os.environ.update(env)
     sys.argv = [f"{script}.py", *argv]
     # What the loop calls once a step.
-    name = {"train_pref": "train_step", "train_sft": "step_loss", "train_rm": "reward_step"}[script]
+    name = {"train_pref": "train_step", "train_sft": "step_loss", "train_rm": "reward_step", "evaluate": "main"}[script]
     calls, original = 0, getattr(module, name)
 
     def step(*args, **kwargs):

@@ -1,0 +1,580 @@
+"""evaluate.py: generation against transformers and exact distributions, estimators against enumeration, files against numpy."""
+
+import itertools
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, byte_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+
+import evaluate as ev
+
+CPU = torch.device("cpu")
+TOY = ROOT / "toy"
+
+
+def load(directory, precision="fp32"):
+    return ev.load_model(str(directory), ev.CausalLM, precision, CPU)
+
+
+def uniforms(prompts, k, n, seed=0):
+    return torch.stack([ev.uniform_numbers(prompt, k, n, seed) for prompt in prompts])
+
+
+def sampled(policy, prompts, k, n, stops, temperature=1.0, top_p=1.0, seed=0):
+    return ev.generate(policy, prompts, uniforms(prompts, k, n, seed), temperature, top_p, stops, CPU)
+
+
+# ------------------------------------------------------------------------------------------------------------ generation
+def greedy_by_transformers(model, prompt, n, stops):
+    ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=n, eos_token_id=stops, pad_token_id=0)
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("config", [dict(), dict(num_key_value_heads=1, tie_word_embeddings=True), dict(num_key_value_heads=4, head_dim=16),
+                                    dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0,
+                                         high_freq_factor=4.0, original_max_position_embeddings=16))])
+def test_greedy_equals_transformers(tiny_llama, tmp_path, process_group, config):
+    directory = tiny_llama(tmp_path / "m", **config)
+    policy, model = load(directory)[0], AutoModelForCausalLM.from_pretrained(directory)
+    prompts = [list(range(40, 40 + n)) for n in (3, 17, 9, 1)]
+    ours = sampled(policy, prompts, 3, 20, [257], temperature=0)
+    for prompt, completions in zip(prompts, ours):
+        assert completions == [greedy_by_transformers(model, prompt, 20, 257)] * 3
+
+
+def test_greedy_equals_transformers_on_stories(stories, process_group):
+    policy, tokenizer, _ = load(stories)
+    model = AutoModelForCausalLM.from_pretrained(stories)
+    prompts = [[tokenizer.bos_token_id] + tokenizer.encode(text, add_special_tokens=False)
+               for text in ("Once upon a time", "The cat", "Lily and Tom went to the park. They saw a big", "One day,")]
+    ours = sampled(policy, prompts, 2, 100, [tokenizer.eos_token_id], temperature=0)
+    for prompt, completions in zip(prompts, ours):
+        assert completions == [greedy_by_transformers(model, prompt, 100, tokenizer.eos_token_id)] * 2
+
+
+def test_greedy_equals_transformers_on_smollm(smollm, shared, process_group):
+    policy, tokenizer, directory = load(smollm)
+    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+    posts = [row["prompt"] for _, row in itertools.islice(ev.read_jsonl(shared / "data" / "tldr_sft.jsonl.gz"), 2)]
+    prompts = [tokenizer.encode(post, add_special_tokens=False)[-60:] for post in posts] + [tokenizer.encode("The capital of France is")]
+    stops = ev.stop_ids(directory, tokenizer)
+    for prompt, completions in zip(prompts, sampled(policy, prompts, 2, 16, stops, temperature=0)):
+        assert completions == [greedy_by_transformers(model, prompt, 16, stops)] * 2
+
+
+def test_completions_depend_on_nothing_else(tiny_llama, tmp_path, process_group):
+    """Not on the batch, its padding, the other completions, or on who has ended."""
+    policy = load(tiny_llama(tmp_path / "m"))[0]
+    prompts = [list(range(30, 30 + n)) for n in (12, 3, 7, 7, 1)]
+    stops = list(range(0, 272, 9))  # many: some end at once, some not at all
+    together = sampled(policy, prompts, 4, 24, stops)
+    assert {len(y) for ys in together for y in ys} >= {1, 24}
+    for k in (1, 2, 4):
+        assert [sampled(policy, [prompt], k, 24, stops)[0] for prompt in prompts] == [ys[:k] for ys in together]
+    assert sampled(policy, prompts[::-1], 4, 24, stops) == together[::-1]
+    shorter = sampled(policy, prompts, 4, 10, stops)
+    assert shorter == [[y[:10] for y in ys] for ys in together]
+    assert sampled(policy, prompts, 4, 24, stops, seed=1) != together
+    assert len({tuple(y) for y in sampled(policy, prompts, 4, 24, [])[0]}) == 4  # the completions of a prompt differ
+
+
+def test_what_is_sampled_is_what_was_asked(tiny_llama, tmp_path, process_group):
+    """Chi-square: pairs of tokens after a prompt, against their exact probabilities by transformers' forward and warpers."""
+    directory = tiny_llama(tmp_path / "m", vocab_size=12, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    policy, model = ev.build(lambda: ev.CausalLM(ev.read_config(directory)), CPU, "fp32", False, False, False), None
+    ev.load_weights(policy, directory)
+    model = AutoModelForCausalLM.from_pretrained(directory).double()
+    prompt, k = [5, 3, 7], 4000
+    for temperature, top_p in ((1.0, 1.0), (0.7, 0.9), (2.0, 0.5)):
+        warp = lambda logits: TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits)).softmax(-1)[0]
+        with torch.no_grad():
+            first = warp(model(torch.tensor([prompt])).logits[:, -1])
+            exact = torch.stack([first[a] * warp(model(torch.tensor([prompt + [a]])).logits[:, -1]) for a in range(12)]).numpy()
+        counts = np.zeros((12, 12))
+        for a, b in sampled(policy, [prompt], k, 2, [], temperature, top_p, seed=f"{temperature}")[0]:
+            counts[a, b] += 1
+        assert counts[exact == 0].sum() == 0 and (top_p == 1 or (exact == 0).any())
+        cells = exact * k >= 5
+        rest, expected = counts[~cells].sum(), exact[~cells].sum() * k
+        chi2 = ((counts[cells] - exact[cells] * k) ** 2 / (exact[cells] * k)).sum() + ((rest - expected) ** 2 / expected if expected else 0)
+        degrees = cells.sum() - (expected == 0)
+        assert cells.sum() > 8 and abs(chi2 - degrees) < 4 * math.sqrt(2 * degrees), (chi2, degrees)
+
+
+@pytest.mark.parametrize("V", [7, 512, 3000])  # 3000 flat ones: more than the 512 likeliest are needed
+def test_next_tokens_inverts_the_distribution(V):
+    """At equally spaced numbers each token comes as often as its probability says, to one: exactly, without chance."""
+    generator = torch.Generator().manual_seed(V)
+    for scale, top_p in ((1.0, 1.0), (1.0, 0.95), (3.0, 0.9), (0.01, 0.99)):
+        logits = scale * torch.randn(1, V, generator=generator)
+        n = 4000
+        uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        counts = torch.bincount(ev.next_tokens(logits.expand(n, -1), uniform, 0.8, top_p), minlength=V).double()
+        p = np.exp(logits[0].double().numpy() / 0.8)
+        p /= p.sum()
+        order = np.argsort(-p)
+        kept = order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1] if top_p < 1 else order
+        exact = np.zeros(V)
+        exact[kept] = p[kept] / p[kept].sum()
+        assert np.abs(counts.numpy() - n * exact).max() <= 1 + 1e-6
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    impossible = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
+    assert ev.next_tokens(impossible, edges, 1.0, 1.0).tolist() == [1, 2]
+    assert ev.next_tokens(impossible, edges, 1.0, 0.5).tolist() == [2, 2]
+    assert ev.next_tokens(impossible, edges, 0, 1.0).tolist() == [2, 2]
+
+
+def test_fp64_is_float64(tiny_llama, tmp_path, process_group):
+    directory = tiny_llama(tmp_path / "m")
+    policy, model = load(directory, "fp64")[0], AutoModelForCausalLM.from_pretrained(directory).double()
+    rows, places = ev.response_rows([[65, 66]], [[[67, 68, 69]]])
+    hidden = policy.model(**{k: v for k, v in ev.batch_tensors(rows, [], CPU).items() if k != "predict"})
+    with torch.no_grad():
+        difference = policy.logits(hidden[0]) - model(torch.tensor([[65, 66, 67, 68, 69]])).logits[0]
+    assert policy.logits(hidden[0]).dtype == torch.float64 and difference.abs().max() < 1e-5  # rotary angles are float32
+
+
+# ------------------------------------------------------------------------------------------------------------ estimators
+class Enumerated:
+    """Two tiny models over 5 tokens, responses of up to 3 tokens (EOS is 0): everything can be summed over all responses."""
+
+    N, STOP, PROMPT = 3, 0, [3, 1, 4]
+
+    def __init__(self, tmp_path):
+        self.models, self.policies = [], []
+        for seed in (0, 1):
+            config = LlamaConfig(vocab_size=5, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                                 num_key_value_heads=1, bos_token_id=1, eos_token_id=0)
+            model = LlamaForCausalLM(config)
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.normal_(std=0.5, generator=generator)
+            model.save_pretrained(tmp_path / str(seed))
+            policy = ev.build(lambda c=ev.read_config(tmp_path / str(seed)): ev.CausalLM(c), CPU, "fp32", False, False, False)
+            ev.load_weights(policy, tmp_path / str(seed))
+            self.models.append(model.double().eval())
+            self.policies.append(policy)
+        self.responses = [list(y) for n in (1, 2, 3) for y in itertools.product(range(5), repeat=n)
+                          if 0 not in y[:-1] and (y[-1] == 0 or n == 3)]
+
+    @torch.no_grad()
+    def log_prob(self, model, y, temperature=1.0, top_p=1.0):
+        logits = self.models[model](torch.tensor([self.PROMPT + y])).logits[0, len(self.PROMPT) - 1 : -1]
+        if top_p < 1 or temperature != 1:
+            logits = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits))
+        return logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum().item()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, process_group):
+    return Enumerated(tmp_path_factory.mktemp("enumerated"))
+
+
+def test_kl_is_unbiased(tiny):
+    """200 draws of the estimate golden makes, against the sum over all 101 responses."""
+    log_pi = np.array([tiny.log_prob(0, y) for y in tiny.responses])
+    log_ref = np.array([tiny.log_prob(1, y) for y in tiny.responses])
+    pi, r = np.exp(log_pi), np.exp(log_pi - log_ref)
+    assert abs(pi.sum() - 1) < 1e-9
+    exact = (pi * np.log(r)).sum()
+    responses = sampled(tiny.policies[0], [tiny.PROMPT], 200, 3, [0])
+    estimates = ev.divergences(*tiny.policies, [tiny.PROMPT], responses, CPU).numpy()
+    for column in (0, 1):
+        mean, error = estimates[:, column].mean(), estimates[:, column].std(ddof=1) / math.sqrt(200)
+        assert abs(mean - exact) < 3 * error, (column, mean, exact, error)
+    assert (estimates[:, 0] >= 0).all() and estimates[:, 0].std() < 0.5 * estimates[:, 1].std()  # what Rao and Blackwell promise
+    # Without chance: the mean over all responses, each with its probability, is the KL, for both.
+    everything = ev.divergences(*tiny.policies, [tiny.PROMPT], [tiny.responses], CPU).numpy()
+    assert np.abs(pi @ everything - exact).max() < 1e-6
+    assert np.abs(everything[:, 1] - np.log(r)).max() < 1e-5
+    # Erratum: Appendix C prints log r + (r - 1), and says it is unbiased. Its mean is KL + chi^2(pi || ref); 1/r makes it right.
+    chi2 = (pi**2 / np.exp(log_ref)).sum() - 1
+    assert abs((pi * (np.log(r) + r - 1)).sum() - (exact + chi2)) < 1e-9 and chi2 > exact > 0.1
+    assert abs((pi * (np.log(r) + 1 / r - 1)).sum() - exact) < 1e-9
+
+
+def test_win_rate_by_enumeration(tiny):
+    """The expected win rate at temperature 0.7 and top-p 0.95 against two reference responses, a tie among them."""
+    reward = {tuple(y): float(7 * sum(y) % 5) for y in tiny.responses}  # few values: ties happen
+    theirs = torch.tensor([2.0, 3.5])
+    exact = sum(math.exp(tiny.log_prob(0, y, 0.7, 0.95)) * ((reward[tuple(y)] > theirs).double() + 0.5 * (reward[tuple(y)] == theirs)).mean().item()
+                for y in tiny.responses)
+    draws = 400
+    shares = [ev.win_shares([torch.tensor([reward[tuple(y)] for y in ys])], [theirs])
+              for ys in (sampled(tiny.policies[0], [tiny.PROMPT], 2, 3, [0], 0.7, 0.95, seed=seed)[0] for seed in range(draws))]
+    mean, error = ev.mean_and_error(torch.cat(shares))
+    assert 0.05 < exact < 0.95 and abs(mean - exact) < 3 * error, (mean, exact, error)
+
+
+def test_win_shares_and_errors_against_numpy():
+    rng = np.random.default_rng(0)
+    ours = [torch.tensor(rng.integers(0, 4, size=3).astype(float)) for _ in range(50)]
+    theirs = [torch.tensor(rng.integers(0, 4, size=n).astype(float)) for n in rng.integers(1, 4, size=50)]
+    by_hand = [np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a in x.tolist() for b in y.tolist()]) for x, y in zip(ours, theirs)]
+    shares = ev.win_shares(ours, theirs)
+    assert np.allclose(shares, by_hand, atol=1e-12)
+    mean, error = ev.mean_and_error(shares)
+    assert math.isclose(mean, np.mean(by_hand)) and math.isclose(error, np.std(by_hand, ddof=1) / math.sqrt(50))
+    # The error is that of prompts: saying each completion ten times makes it no smaller.
+    assert math.isclose(ev.mean_and_error(ev.win_shares([x.repeat(10) for x in ours], theirs))[1], error)
+    assert math.isnan(ev.mean_and_error(torch.tensor([0.3]))[1])
+
+
+def test_divergences_against_float64(tiny_llama, tmp_path, process_group):
+    """Two prompts, three responses each in one row, against transformers in float64, a response at a time."""
+    a, b = tiny_llama(tmp_path / "a", seed=0), tiny_llama(tmp_path / "b", seed=1)
+    policies, models = [load(d)[0] for d in (a, b)], [AutoModelForCausalLM.from_pretrained(d).double() for d in (a, b)]
+    generator = random.Random(0)
+    draw = lambda n: [generator.randrange(272) for _ in range(n)]
+    prompts, responses = [draw(5), draw(9)], [[draw(n) for n in (4, 1, 7)], [draw(n) for n in (2, 6, 1)]]
+    ours = ev.divergences(*policies, prompts, responses, CPU)
+    for row, (x, y) in zip(ours, ((x, y) for x, ys in zip(prompts, responses) for y in ys)):
+        with torch.no_grad():
+            p, q = (m(torch.tensor([x + y])).logits[0, len(x) - 1 : -1].log_softmax(-1) for m in models)
+        kl, k1 = (p.exp() * (p - q)).sum(), (p - q).gather(1, torch.tensor(y)[:, None]).sum()
+        assert abs(row[0] - kl) < 1e-4 * max(1, kl) and abs(row[1] - k1) < 1e-4 * max(1, abs(k1))
+
+
+# ----------------------------------------------------------------------------------------------------- the commands: sample
+@pytest.fixture(scope="module")
+def policy_dir(tiny_llama, tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("policy") / "m")
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [dict(prompt=f"post {'x' * (3 * n)} TL;DR:", chosen=f" good {n}", rejected=" bad") for n in range(9)]
+    rows += [dict(prompt=rows[0]["prompt"], chosen=" good again", rejected=" bad"), dict(prompt="no answer yet:"),
+             dict(prompt=7, chosen="a"), dict(prompt="empty", completion=" ")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sample_args(policy_dir, prompt_file, out, *more):
+    return ["sample", "--model", policy_dir, "--data", prompt_file, "--out", out, "--max_new_tokens", 12, "--n", 20, "--k", 3, *more]
+
+
+def read(path):
+    return [row for _, row in ev.read_jsonl(path)]
+
+
+def test_sample(run_script, policy_dir, prompt_file, tmp_path):
+    run = run_script("evaluate")
+    result = run(*sample_args(policy_dir, prompt_file, tmp_path / "s.jsonl")).ok()
+    assert "10 prompts of 13 rows" in result.out and "1 wrong types" in result.out and "1 empty completion" in result.out
+    assert "1 another response to a prompt" in result.out
+    rows = read(tmp_path / "s.jsonl")
+    assert [row["index"] for row in rows] == [*range(9), 10]
+    assert rows[0]["references"] == [" good 0", " good again"] and rows[-1]["references"] == []
+    policy, tokenizer, directory = load(policy_dir)
+    for row in rows[::4]:
+        prompt = [tokenizer.bos_token_id] + tokenizer.encode(row["prompt"], add_special_tokens=False)
+        ids = sampled(policy, [prompt], 3, 12, [257], 0.7, 0.95)[0]
+        assert row["n_tokens"] == [len(y) for y in ids] and row["ended"] == [y[-1] == 257 for y in ids]
+        assert row["completions"] == [tokenizer.decode(y[:-1] if y[-1] == 257 else y) for y in ids]
+    about = json.loads((tmp_path / "s.about.json").read_text())
+    assert about["summary"]["completions"] == 30 and about["args"]["top_p"] == 0.95
+    # Two ranks, other batches: the same bytes.
+    run(*sample_args(policy_dir, prompt_file, tmp_path / "t.jsonl", "--batch_size", 4), world=2).ok()
+    assert (tmp_path / "t.jsonl").read_bytes() == (tmp_path / "s.jsonl").read_bytes()
+    # Again: nothing to do. Otherwise: refused. The first prompts alone: the same completions.
+    assert "is complete" in run(*sample_args(policy_dir, prompt_file, tmp_path / "s.jsonl")).ok().out
+    run(*sample_args(policy_dir, prompt_file, tmp_path / "s.jsonl", "--seed", 1)).refused("seed was 0, is 1")
+    run(*sample_args(policy_dir, prompt_file, tmp_path / "u.jsonl", "--n", 2, "--k", 1)).ok()
+    assert [row["completions"] for row in read(tmp_path / "u.jsonl")] == [row["completions"][:1] for row in rows[:2]]
+
+
+def test_sample_resumes(run_script, policy_dir, prompt_file, tmp_path):
+    """Killed while it wrote: half a line goes, whole ones are not sampled again, the end is the same."""
+    run, out = run_script("evaluate"), tmp_path / "s.jsonl"
+    argv = sample_args(policy_dir, prompt_file, out, "--batch_size", 3)
+    run(*argv).ok()
+    whole, about = out.read_bytes(), json.loads((tmp_path / "s.about.json").read_text())
+    lines = whole.splitlines(keepends=True)
+    marked = lines[4].replace(b'"index": 4, ', b'"index": 4, "kept": true, ')
+    out.write_bytes(marked + lines[2] + lines[7][:30])
+    del about["summary"]
+    (tmp_path / "s.about.json").write_text(json.dumps(about))
+    run(*argv).ok()
+    assert out.read_bytes() == whole.replace(lines[4], marked)
+    (tmp_path / "s.about.json").unlink()
+    run(*argv).refused(out, "choose another --out")
+
+
+def test_an_empty_completion_is_recorded(run_script, policy_dir, prompt_file, tmp_path):
+    """A policy that stops at once: its first greedy token is named as an end in generation_config.json."""
+    import shutil
+
+    directory = shutil.copytree(policy_dir, tmp_path / "m")
+    policy, tokenizer, _ = load(policy_dir)
+    prompt = [tokenizer.bos_token_id] + tokenizer.encode("post  TL;DR:", add_special_tokens=False)
+    first = sampled(policy, [prompt], 1, 1, [], temperature=0)[0][0][0]
+    (directory / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[first])))
+    run_script("evaluate")(*sample_args(directory, prompt_file, tmp_path / "s.jsonl", "--temperature", 0, "--n", 1)).ok()
+    row = read(tmp_path / "s.jsonl")[0]
+    assert row["completions"] == [""] * 3 and row["ended"] == [True] * 3 and row["n_tokens"] == [1] * 3
+    assert json.loads((tmp_path / "s.about.json").read_text())["summary"]["empty"] == 3
+
+
+def test_conversations_are_rendered(run_script, policy_dir, tmp_path):
+    import shutil
+
+    directory = shutil.copytree(policy_dir, tmp_path / "m")
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    byte_tokenizer(directory, chat_template=template)
+    data, user = tmp_path / "chat.jsonl", dict(role="user", content="hi")
+    answer = [dict(role="assistant", content="ho")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in (dict(prompt=[user]), dict(chosen=[user, *answer]),
+                                                               dict(messages=[user, *answer, user, *answer]))))
+    run_script("evaluate")(*sample_args(directory, data, tmp_path / "s.jsonl")).ok()
+    rows = read(tmp_path / "s.jsonl")
+    assert [(row["prompt"], row["references"]) for row in rows] == [("[user]hi[assistant]", ["ho"]),
+                                                                   ("[user]hi[assistant]ho[user]hi[assistant]", ["ho"])]
+
+
+# ------------------------------------------------------------------------------------------------------ the commands: label
+@pytest.fixture(scope="module")
+def rm_dir(tmp_path_factory):
+    """A random reward model as transformers saves it."""
+    from transformers import LlamaForSequenceClassification
+
+    from conftest import randomize
+
+    directory = tmp_path_factory.mktemp("rm")
+    config = LlamaConfig(vocab_size=272, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, bos_token_id=256, eos_token_id=257, pad_token_id=258, num_labels=1)
+    model = LlamaForSequenceClassification(config).float()
+    randomize(model, 5)
+    model.save_pretrained(directory)
+    byte_tokenizer(directory)
+    return directory
+
+
+def score_by_transformers(rm_dir, prompt, text, ended=True):
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(rm_dir), AutoTokenizer.from_pretrained(rm_dir)
+    ids = [256] + tokenizer.encode(prompt, add_special_tokens=False) + tokenizer.encode(text, add_special_tokens=False)
+    with torch.no_grad():
+        return model(torch.tensor([ids + ([257] if ended or not text else [])])).logits[0, 0].item()
+
+
+def test_label(run_script, rm_dir, tmp_path):
+    samples = [dict(prompt="one:", completions=["a", "bb", "ccc", "dddd"], ended=[True] * 4, index=0),
+               dict(prompt="two:", completions=["same", "same"], ended=[True, True], index=1),
+               dict(prompt="three is longer:", completions=["x", "cut o"], ended=[True, False], index=2),
+               dict(prompt="four:", completions=["", "y", "zz"], ended=[True, True, True], index=3)]
+    path, run = tmp_path / "s.jsonl", run_script("evaluate")
+    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    label = lambda name, *more, **how: run("label", "--rm", rm_dir, "--samples", path, "--out", tmp_path / name, *more, **how)
+    result = label("all.jsonl", "--pairs", "all").ok()
+    assert "7 pairs of 4 rows" in result.out and "1 completion that is empty" in result.out and "1 completion without EOS" in result.out
+    assert "1 pair of equal completions" in result.out and "1 fewer than two completions" in result.out
+    pairs = read(tmp_path / "all.jsonl")
+    truth = {(row["prompt"], text): score_by_transformers(rm_dir, row["prompt"], text) for row in samples[:1] + samples[3:]
+             for text in row["completions"]}
+    for pair in pairs:
+        assert pair["chosen_reward"] > pair["rejected_reward"]
+        for side in ("chosen", "rejected"):
+            assert abs(pair[f"{side}_reward"] - truth[pair["prompt"], pair[side]]) < 1e-5
+    assert len({(p["prompt"], frozenset((p["chosen"], p["rejected"]))) for p in pairs}) == 7
+    scores = read(tmp_path / "all.scores.jsonl")
+    assert abs(scores[2]["rewards"][1] - score_by_transformers(rm_dir, "three is longer:", "cut o", ended=False)) < 1e-5
+    assert abs(scores[3]["rewards"][0] - score_by_transformers(rm_dir, "four:", "")) < 1e-5
+    label("bw.jsonl").ok()
+    best_worst = read(tmp_path / "bw.jsonl")
+    one = {text: r for (prompt, text), r in truth.items() if prompt == "one:"}
+    assert (best_worst[0]["chosen"], best_worst[0]["rejected"]) == (max(one, key=one.get), min(one, key=one.get))
+    assert [p["prompt"] for p in best_worst] == ["one:", "four:"]
+    # Two ranks, batches of one; and again after a kill between scoring and writing.
+    label("two.jsonl", "--batch_size", 1, world=2).ok()
+    two = read(tmp_path / "two.jsonl")
+    assert [(p["chosen"], p["rejected"]) for p in two] == [(p["chosen"], p["rejected"]) for p in best_worst]
+    about = json.loads((tmp_path / "bw.scores.about.json").read_text())
+    del about["summary"]
+    (tmp_path / "bw.scores.about.json").write_text(json.dumps(about))
+    (tmp_path / "bw.jsonl").unlink()
+    (tmp_path / "bw.scores.jsonl").write_text("".join((tmp_path / "bw.scores.jsonl").read_text().splitlines(keepends=True)[1:3]) + '{"ind')
+    label("bw.jsonl").ok()
+    again = read(tmp_path / "bw.jsonl")
+    assert again == [{k: pytest.approx(v, abs=1e-6) if isinstance(v, float) else v for k, v in pair.items()} for pair in best_worst]
+    label("bw.jsonl", "--noise", "bt").refused("noise was 'none', is 'bt'")
+    path.write_text('{"prompt": "p"}\n')
+    label("bad.jsonl").refused(f"{path}:1", "not a row of `evaluate.py sample`")
+
+
+def test_pairs_are_drawn_as_said():
+    """Noise: the better one is chosen with probability sigmoid(difference). Random pairs: each as often."""
+    from types import SimpleNamespace
+
+    n, wins, seen = 4000, 0, {}
+    for k in range(n):
+        row = dict(prompt=f"p{k}", completions=["a", "b", "c"], ended=[True] * 3)
+        args = SimpleNamespace(seed=0, pairs="best_worst", noise="bt")
+        (pair,) = ev.choose_pairs(row, [0.0, 1.0, 0.3], args, ev.Report(""))
+        assert {pair["chosen"], pair["rejected"]} == {"a", "b"}
+        assert pair["chosen_reward"] == dict(a=0.0, b=1.0)[pair["chosen"]]
+        wins += pair["chosen"] == "b"
+        args = SimpleNamespace(seed=0, pairs="random", noise="none")
+        (pair,) = ev.choose_pairs(row, [0.0, 1.0, 0.3], args, ev.Report(""))
+        assert pair["chosen_reward"] > pair["rejected_reward"]
+        seen[pair["chosen"] + pair["rejected"]] = seen.get(pair["chosen"] + pair["rejected"], 0) + 1
+    p = 1 / (1 + math.exp(-1.0))
+    assert abs(wins - n * p) < 3.5 * math.sqrt(n * p * (1 - p))
+    assert set(seen) == {"ba", "bc", "ca"} and all(abs(c - n / 3) < 3.5 * math.sqrt(n * 2 / 9) for c in seen.values())
+    row = dict(prompt="far", completions=["a", "b"], ended=[True, True])
+    assert ev.choose_pairs(row, [-1e4, 1e4], SimpleNamespace(seed=0, pairs="all", noise="bt"), ev.Report(""))[0]["chosen"] == "b"
+    with pytest.raises(ev.SkipRow, match="equal rewards"):
+        ev.choose_pairs(row, [1.0, 1.0], SimpleNamespace(seed=0, pairs="all", noise="none"), ev.Report(""))
+
+
+def test_labelled_pairs_train(run_script, policy_dir, prompt_file, rm_dir, tmp_path):
+    """sample -> label -> train_pref: every file is what the next takes."""
+    run = run_script("evaluate")
+    (tmp_path / "gen.jsonl").write_text(prompt_file.read_text())
+    samples = [dict(prompt=f"post {n}:", completions=[f" yes {n}", " no"], ended=[True, True], index=n) for n in range(8)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    run("label", "--rm", rm_dir, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").ok()
+    result = run_script("train_pref")("--model", policy_dir, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--batch_size", 4,
+                                      "--max_length", 64, "--max_prompt_length", 32).ok()
+    assert "8 pairs of 8 rows; skipped: none" in result.out and (tmp_path / "run" / "final").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- the commands: golden
+@pytest.fixture(scope="module")
+def run_dir(policy_dir, tmp_path_factory, context):
+    """A preference run of 4 steps with two checkpoints, at a rate that moves the policy."""
+    from runs import finish, launch
+
+    directory = tmp_path_factory.mktemp("run")
+    rows = [dict(prompt=f"post {n}:", chosen=f" yes {n}", rejected=" no, never") for n in range(8)]
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model", policy_dir, "--data", directory / "pairs.jsonl", "--out", directory / "run", "--batch_size", 4, "--epochs", 2,
+            "--max_length", 64, "--max_prompt_length", 32, "--lr", 3e-3, "--warmup_steps", 0, "--save_every", 2]
+    finish(launch(context, "train_pref", directory / "log", argv)).ok()
+    return directory / "run"
+
+
+def golden_args(policy_dir, rm_dir, prompt_file, *runs):
+    data = prompt_file.parent / "answered.jsonl"
+    data.write_text("".join(line + "\n" for line in prompt_file.read_text().splitlines() if "chosen" in line))
+    return ["golden", "--rm", rm_dir, "--ref", policy_dir, "--data", data, "--n", 8, "--max_new_tokens", 12, *runs]
+
+
+def test_golden(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path):
+    import shutil
+
+    run, copy = run_script("evaluate"), shutil.copytree(run_dir, tmp_path / "run")
+    argv = golden_args(policy_dir, rm_dir, prompt_file, copy)
+    run(*argv, "--keep_samples").ok()
+    rows = read(copy / "golden.jsonl")
+    assert [(row["checkpoint"], row["step"], row["epoch"]) for row in rows] == [("reference", 0, 0.0), ("step_000002", 2, 1.0),
+                                                                             ("step_000004", 4, 2.0)]  # final is step 4's weights
+    assert rows[0]["kl"] == rows[0]["k1"] == rows[0]["sqrt_kl"] == 0 and rows[2]["kl"] > rows[1]["kl"] > 0.01
+    for row in rows:
+        said = read(copy / "golden_samples" / f"{row['checkpoint']}.jsonl")
+        shares = [np.mean([(a > b) + 0.5 * (a == b) for a in r["rewards"] for b in r["reference_rewards"]]) for r in said]
+        lengths = [np.mean(r["n_tokens"]) for r in said]
+        for name, values in (("win_rate", shares), ("length", lengths), ("reward", [np.mean(r["rewards"]) for r in said])):
+            assert math.isclose(row[name], np.mean(values), rel_tol=1e-6)
+            assert math.isclose(row[f"{name}_se"], np.std(values, ddof=1) / math.sqrt(8), rel_tol=1e-6)
+        assert math.isclose(row["sqrt_kl"], math.sqrt(row["kl"]))
+        r = said[3]
+        assert abs(r["reference_rewards"][0] - score_by_transformers(rm_dir, r["prompt"], r["references"][0])) < 1e-5
+        assert abs(r["rewards"][1] - score_by_transformers(rm_dir, r["prompt"], r["completions"][1], r["ended"][1])) < 1e-5
+    assert len(read(copy / "golden_samples" / "reference.jsonl")[0]["references"]) == 2
+    # Again: nothing is computed. A line that was cut in two is made again, the others stay. Ranks and batches change nothing.
+    before = (copy / "golden.jsonl").read_bytes()
+    assert "0 checkpoints" in run(*argv).ok().out and (copy / "golden.jsonl").read_bytes() == before
+    (copy / "golden.jsonl").write_bytes(before[:-40])
+    assert "1 checkpoints" in run(*argv, "--batch_size", 2, world=2).ok().out
+    again = read(copy / "golden.jsonl")
+    assert again[:2] == rows[:2]
+    for name, value in rows[2].items():
+        assert again[2][name] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), name
+    # Another setting makes other rows beside these.
+    run(*argv, "--seed", 1).ok()
+    more = read(copy / "golden.jsonl")
+    assert len(more) == 6 and {row["settings"] for row in more[3:]}.isdisjoint({row["settings"] for row in more[:3]})
+    assert {row["settings"] for row in more} == set(json.loads((copy / "golden.settings.json").read_text()))
+
+
+def test_golden_kl_against_transformers(policy_dir, run_dir, process_group):
+    """The KL of a real checkpoint, from the same draws, by a plain loop in transformers."""
+    policy, ref = load(run_dir / "step_000004")[0], load(policy_dir)[0]
+    models = [AutoModelForCausalLM.from_pretrained(d).double() for d in (run_dir / "step_000004", policy_dir)]
+    prompt = [256, *b"post 3:"]
+    responses = sampled(policy, [prompt], 6, 12, [257])[0]
+    ours = ev.divergences(policy, ref, [prompt], [responses], CPU)
+    for y, row in zip(responses, ours):
+        with torch.no_grad():
+            p, q = (m(torch.tensor([prompt + y])).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in models)
+        assert abs(row[0] - (p.exp() * (p - q)).sum()) < 1e-4
+        assert abs(row[1] - (p - q).gather(1, torch.tensor(y)[:, None]).sum()) < 1e-4
+
+
+def test_golden_refuses(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path, tiny_llama):
+    run = run_script("evaluate")
+    run(*golden_args(policy_dir, rm_dir, prompt_file, tmp_path)).refused(tmp_path, "metrics.jsonl")
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "p"}\n')
+    run("golden", "--rm", rm_dir, "--ref", policy_dir, "--data", tmp_path / "bare.jsonl", run_dir).refused("without a response")
+    run("golden", "--rm", policy_dir, "--ref", policy_dir, "--data", prompt_file, run_dir).refused("score.weight")
+    other = tiny_llama(tmp_path / "other", vocab_size=280)
+    run(*golden_args(other, rm_dir, prompt_file, run_dir)).refused("vocabulary of 272", "280")
+    assert not (run_dir / "golden.jsonl").exists() or "win_rate" in (run_dir / "golden.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------ the commands: bench
+def test_bench_mt_bench(run_script, policy_dir, shared, tmp_path):
+    """FastChat's format, two turns, the first answer in the second's context, temperature by category."""
+    questions = read(shared / "data" / "mt_bench" / "question.jsonl")
+    chosen = [next(q for q in questions if q["category"] == c) for c in ("math", "writing")]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in chosen))
+    argv = ["bench", "--suite", "mt_bench", "--model", policy_dir, "--questions", tmp_path / "q.jsonl", "--template", "hh",
+            "--max_new_tokens", 10, "--max_prompt_length", 900, "--name", "tiny", "--out", tmp_path / "a.jsonl"]
+    run_script("evaluate")(*argv).ok()
+    answers = read(tmp_path / "a.jsonl")
+    assert [a["question_id"] for a in answers] == sorted(q["question_id"] for q in chosen)
+    policy, tokenizer, _ = load(policy_dir)
+    for question in chosen:
+        answer = next(a for a in answers if a["question_id"] == question["question_id"])
+        assert answer["model_id"] == "tiny" and len(answer["choices"][0]["turns"]) == 2 and answer["answer_id"] and answer["tstamp"]
+        text, temperature = "", 0 if question["category"] == "math" else 0.7
+        for turn, said in zip(question["turns"], answer["choices"][0]["turns"]):
+            text += f"\n\nHuman: {turn}\n\nAssistant:"
+            prompt = [256] + tokenizer.encode(text, add_special_tokens=False)[-899:]
+            ids = sampled(policy, [prompt], 1, 10, [257], temperature)[0][0]
+            assert said == tokenizer.decode([i for i in ids if i != 257]).strip()
+            text += f" {said}"
+
+
+def test_bench_alpaca_eval(run_script, policy_dir, tmp_path):
+    questions = [dict(dataset="helpful_base", instruction=f"Say {n}.", output="?", generator="text_davinci_003") for n in range(3)]
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    argv = ["bench", "--suite", "alpaca_eval", "--model", policy_dir, "--questions", tmp_path / "q.json", "--template", "hh",
+            "--max_new_tokens", 6, "--name", "tiny", "--out", tmp_path / "model_outputs.json"]
+    run = run_script("evaluate")
+    run(*argv).ok()
+    answers = json.loads((tmp_path / "model_outputs.json").read_text())
+    assert [set(a) for a in answers] == [{"dataset", "instruction", "output", "generator"}] * 3
+    assert [(a["instruction"], a["generator"], a["dataset"]) for a in answers] == [(q["instruction"], "tiny", "helpful_base") for q in questions]
+    run(*argv, "--template", "chat").refused("template was 'hh', is 'chat'")
+    (tmp_path / "q.json").write_text("[{}]")
+    run(*argv[:-1], tmp_path / "other.json").refused("q.json[0]", "not a question of alpaca_eval")
+
+
+def test_flags_say_what_is_wrong(run_script, tmp_path):
+    run = run_script("evaluate")
+    for argv, words in ((["sample", "--out", "s.jsonl", "--top_p", "0"], ["--top_p 0"]),
+                        (["sample", "--out", "s.jsonl", "--model", "m"], ["--data is missing"]),
+                        (["golden", "--rm", "x", "run"], ["--ref is missing"]),
+                        (["sample", "--out", "s.txt"], [".jsonl"]),
+                        (["label", "--samples", "s.jsonl", "--out", "p.jsonl", "--pairs", "most"], ["--pairs", "most"])):
+        result = run(*argv)
+        assert result.code in (1, 2) and "Traceback" not in result.err and all(word in result.err for word in words), result.err
