@@ -16,6 +16,7 @@ Units: rewards in nats of log-odds; KL in nats a response; lengths in tokens (EO
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import errno
 import gzip
@@ -26,14 +27,17 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 import zlib
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -283,8 +287,7 @@ def parse_args(argv=None):
         flags[name] = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     add = flags["sample"].add_argument
     add("--model", help="policy: model directory or Hub id; with --api: the name the server knows (preset)")
-    add("--api", default="", help="URL of an OpenAI-compatible server (vLLM, SGLang) that samples instead; '': none")
-    add("--concurrency", type=positive_int, default=16, help="with --api: requests at a time (default: %(default)s)")
+    api_flags(flags["sample"], required=False)
     add("--out", required=True, help="samples, .jsonl; run again with it to resume")
     add = flags["label"].add_argument
     add("--samples", required=True, help="what `sample` wrote")
@@ -1107,7 +1110,7 @@ def sample(args):
     prompts, report = load_prompts(args, tokenizer, policy and policy.config.vocab_size)
     say(report)
     about = dict(args=vars(args), of=model_of | dict(prompts_sha256=text_sha256(prompts)))
-    rows, complete = on_rank_0(lambda: resume_rows(out, about, {"out", "batch_size", "timeout", "concurrency"}))
+    rows, complete = on_rank_0(lambda: resume_rows(out, about, {"out", "batch_size", "timeout", "concurrency", "request_timeout", "retries"}))
     if complete:
         say(f"{out} is complete: {len(rows)} prompts. Give another --out to sample again.")
         return
@@ -1183,12 +1186,13 @@ def label(args):
 
 
 def read_samples(path):
-    """What `sample` wrote -> [("file:line", row)]. Raises UserError."""
-    samples = list(read_jsonl(Path(path)))
+    """What `sample` wrote -> [("file:line", row)]; `ended` and `references` may lack: all ended, none. Raises UserError."""
+    samples, texts = list(read_jsonl(Path(path))), lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)
     for where, row in samples:
-        if not (isinstance(row.get("completions"), list) and isinstance(row.get("prompt"), (str, list))
-                and isinstance(row.get("ended"), list) and len(row["ended"]) == len(row["completions"]) > 0):
-            raise UserError(f"{where}: not a row of `evaluate.py sample` (prompt, completions, ended)")
+        completions = row.get("completions")
+        if not (isinstance(row.get("prompt"), (str, list)) and texts(completions) and completions
+                and texts(row.setdefault("references", [])) and len(row.setdefault("ended", [True] * len(completions))) == len(completions)):
+            raise UserError(f"{where}: want prompt, completions and references (lists of texts) and ended, as `sample` writes them")
     if not samples:
         raise UserError(f"{path}: no samples")
     return samples
@@ -1247,10 +1251,10 @@ def golden(args):
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes rows with"
                         " `completion` or `chosen`")
-    free = {"command", "runs", "keep_samples", "batch_size", "timeout", "preset", "rm", "ref", "data"}
-    settings = {k: v for k, v in vars(args).items() if k not in free} | dict(
-        rm_sha256=weights_sha256(rm_directory), ref_sha256=weights_sha256(ref_directory), prompts_sha256=text_sha256(prompts))
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    protocol = {k: getattr(args, k) for k in ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "seed",
+                                              "precision")}
+    of = dict(rm=weights_sha256(rm_directory), ref=weights_sha256(ref_directory), prompts=text_sha256(prompts))
+    name = hashlib.sha256(json.dumps([protocol, of]).encode()).hexdigest()[:12]
     work = on_rank_0(lambda: golden_work(args.runs, ref_directory, name))
     say(f"{len(work)} checkpoints to evaluate, settings {name}")
 
@@ -1274,11 +1278,9 @@ def golden(args):
         else:
             measures, said = known[weights]
         checkpoint_name = "reference" if step == 0 else path.name
-        row = dict(checkpoint=checkpoint_name, step=step, epoch=epoch, **measures, prompts=len(prompts), settings=name, weights=weights)
+        row = dict(checkpoint=checkpoint_name, step=step, epoch=epoch, **measures, prompts=len(prompts), weights=weights,
+                   settings=name, protocol=protocol, of=of)
         if rank == 0:
-            settings_file = run / "golden.settings.json"
-            known_settings = json.loads(settings_file.read_text()) if settings_file.exists() else {}
-            write_json(settings_file, known_settings | {name: settings})
             if args.keep_samples:
                 (run / "golden_samples").mkdir(exist_ok=True)
                 write_lines(run / "golden_samples" / f"{checkpoint_name}.jsonl", said)
@@ -1439,15 +1441,824 @@ def bench_texts(row):
     return row["choices"][0]["turns"] if "choices" in row else [row["output"]]
 
 
-def plot_flags(p): pass
-def judge_flags(p): pass
-def plot(args): pass
-def judge(args): pass
-def api_completions(*a): pass
+# ------------------------------------------------------------------------------------- a language model as judge or sampler
+PROMPTS = {
+    # Table 2 of the paper, for dialogues.
+    "hh": """For the following dialogue history to a chatbot, which response is more helpful?
+
+Dialogue history:
+
+{prompt}
+
+Response A:
+
+{a}
+
+Response B:
+
+{b}
+
+FIRST provide a one-sentence comparison of the two responses and explain which you feel is more helpful. SECOND, on a new line, \
+state only "A" or "B" to indicate which response is more helpful. Your response should use the format:
+
+Comparison: <one-sentence comparison and explanation>
+
+More helpful: <"A" or "B">""",
+    # Rafailov et al. 2023, Appendix C.2, prompt (C), for summaries: the one of their main results.
+    "tldr": """Which of the following summaries does a better job of summarizing the most important points in the given forum \
+post, without including unimportant or irrelevant details? A good summary is both precise and concise.
+
+Post:
+{prompt}
+
+Summary A:
+{a}
+
+Summary B:
+{b}
+
+FIRST provide a one-sentence comparison of the two summaries, explaining which you prefer and why. SECOND, on a new line, state \
+only "A" or "B" to indicate your choice. Your response should use the format:
+Comparison: <one-sentence comparison and explanation>
+Preferred: <"A" or "B">""",
+}
+JUDGE_SAMPLING = dict(temperature=0, max_tokens=2048)  # FastChat's for MT-Bench
+NEED_REFERENCE = ("math", "reasoning", "coding")  # MT-Bench's categories that are graded beside a reference answer
+GIVE_UP = 20  # requests failed in a row, each after its retries: the server is down
+
+
+def parse_choice(text):
+    """A judge's answer -> "A", "B" or None. What counts is a line that holds the choice alone, after "More helpful:" or
+    "Preferred:" or else after nothing; lines that disagree are no verdict."""
+    lines = [re.findall(r"[^\W_]+", line) for line in text.splitlines()]
+    for leads in (("more helpful", "preferred", "more helpful response", "preferred summary"), ("", "response", "summary")):
+        found = {words[-1] for words in lines if words and words[-1] in ("A", "B") and " ".join(words[:-1]).lower() in leads}
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None
+
+
+def parse_rating(text):
+    """A judge's answer -> the rating 1 to 10 as FastChat finds it, the first [[n]] or else the first [n], or None. FastChat
+    would take any number; one outside the scale is no verdict here."""
+    match = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
+    rating = float(match[1]) if match else None
+    return rating if match and 1 <= rating <= 10 else None
+
+
+def wilson(successes, n, z=1.959963984540054):
+    """Wilson's interval for a proportion, 95% by default -> (low, high): the p for which successes/n lies within z standard
+    errors sqrt(p (1 - p) / n) of p. Needs n >= 1."""
+    middle, spread = successes + z * z / 2, z * (successes * (n - successes) / n + z * z / 4) ** 0.5
+    return (middle - spread) / (n + z * z), (middle + spread) / (n + z * z)
+
+
+def clustered_error(clusters):
+    """Standard error of the mean of all scores in `clusters` (a list of scores a prompt), which are independent between prompts
+    only: sqrt(G/(G-1) sum_g (sum_i (s_gi - mean))^2) / n. None for fewer than two prompts."""
+    n, groups = sum(map(len, clusters)), len(clusters)
+    if groups < 2:
+        return None
+    mean = sum(map(sum, clusters)) / n
+    return (groups / (groups - 1) * sum((sum(scores) - mean * len(scores)) ** 2 for scores in clusters)) ** 0.5 / n
+
+
+def request_seed(seed, prompt, j):
+    """A number in [0, 2^31), a pure function of the seed, the prompt (text or messages) and the completion's index j."""
+    return int(hashlib.sha256(json.dumps([seed, prompt, j], sort_keys=True).encode()).hexdigest()[:8], 16) >> 1
+
+
+# --------------------------------------------------------------------------------------------------------------- requests
+def api_flags(parser, required):
+    """What `judge` and `sample --api` share."""
+    add = parser.add_argument
+    add("--api", metavar="URL", required=required, help="OpenAI-compatible server, such as https://api.openai.com/v1 or"
+        " http://localhost:8000/v1; the key comes from OPENAI_API_KEY")
+    add("--concurrency", type=positive_int, default=8, help="requests under way at a time (default: %(default)s)")
+    add("--request_timeout", type=positive_int, default=120, help="seconds that a request may take (default: %(default)s)")
+    add("--retries", type=int, default=8, help="times that a request is repeated after 429, 5xx, a time-out or a lost"
+        " connection; 0: never (default: %(default)s)")
+
+
+def connect(args):
+    """-> the openai client for --api. Repeating requests, Retry-After included, is its business. The key is read from the
+    environment and goes nowhere else. Raises UserError if the package, a key that the server surely wants or the URL is amiss."""
+    try:
+        import openai
+    except ImportError:
+        raise UserError("asking a model through --api needs `pip install openai`") from None
+    url = re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[^@?#\s]*)?", args.api)
+    if not url:  # not repeated here: it may hold a password
+        raise UserError("--api: want http(s)://HOST[:PORT]/PATH, no credentials, no query, such as http://localhost:8000/v1")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key and url[1].endswith("openai.com"):
+        raise UserError(f"{args.api} wants a key: set OPENAI_API_KEY in the environment")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
+    if args.retries < 0:
+        raise UserError(f"--retries {args.retries}: must be at least 0")
+    return openai.OpenAI(api_key=key or "no-key-is-set", base_url=args.api, timeout=args.request_timeout, max_retries=args.retries)
+
+
+def attempt(client, create, what, **request):
+    """One request -> (reply, None), or (None, why) if it failed after the client's retries. reply: text, finish_reason,
+    tokens (of the answer; None if the server does not say) and model, the server's name for what answered. Raises UserError,
+    which names `what`, if asking again cannot help. The key, which servers like to quote, is cut out of their words."""
+    import openai
+
+    said = lambda error: " ".join(str(error).replace(client.api_key, "[key]").split())[:300]
+    try:
+        reply = create(**request)
+        choice = reply.choices[0]
+        text = choice.message.content if "messages" in request else choice.text
+        tokens = reply.usage.completion_tokens if reply.usage else None
+        return dict(text=str(text or ""), finish_reason=choice.finish_reason, tokens=tokens, model=reply.model), None
+    except openai.APIStatusError as error:
+        if error.status_code < 500 and error.status_code not in (408, 409, 429):
+            raise UserError(f"{client.base_url} refuses {what}: {said(error)}") from None
+        return None, said(error)
+    except openai.APIError as error:  # time-out, connection lost
+        return None, said(error)
+    except UnicodeEncodeError:
+        raise UserError(f"{what}: half of a surrogate pair, which cannot be sent: mend or drop that row") from None
+    except (json.JSONDecodeError, AttributeError, IndexError, TypeError) as error:  # a proxy's page, JSON cut short
+        return None, f"not an OpenAI-compatible reply: {said(error)}"
+
+
+def answered(ask, items, concurrency, failures):
+    """Yield (item, reply) as replies arrive, where ask(item), in a thread, is an `attempt`; what failed is appended to `failures`
+    as (item, why), and after GIVE_UP failures in a row so is all the rest, not asked. A request is sent only when the caller
+    comes back from an earlier one, having written it down: never are more than `concurrency` replies paid for but not kept."""
+    pool, items, in_a_row = concurrent.futures.ThreadPoolExecutor(concurrency), iter(items), 0
+    running = {pool.submit(ask, item): item for item in itertools.islice(items, concurrency)}
+    try:
+        while running:
+            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                item = running.pop(future)
+                reply, why = future.result()
+                in_a_row = 0 if reply else in_a_row + 1
+                if reply:
+                    yield item, reply
+                else:
+                    failures.append((item, why))
+                if in_a_row < GIVE_UP:
+                    running |= {pool.submit(ask, item): item for item in itertools.islice(items, 1)}
+        failures.extend((item, "not asked") for item in items)
+    finally:  # Ctrl-C, or a request refused: do not wait for what is under way
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def api_completions(prompts, k, args, done):
+    """k completions of each prompt from a server. prompts: a list of (key, prompt), where a prompt is a text (continued as it
+    is) or a list of {role, content} (answered through the server's chat template); keys in `done` are left out. Yields (key,
+    completions, ended, n_tokens), lists of k texts, bools (false: cut at args.max_new_tokens) and token counts (None where the
+    server does not say), as prompts are completed. Every completion is a request with its own seed. Raises UserError at once
+    for a request that is refused, and at the end if some failed: their prompts were not yielded."""
+    client = connect(args)
+    wanted = [(key, prompt, j) for key, prompt in prompts if key not in done for j in range(k)]
+    replies, failures = {}, []
+
+    def ask(item):
+        key, prompt, j = item
+        what = f"{args.model} at prompt {str(key)[:100]!r}"
+        how = dict(model=args.model, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
+        how["seed"] = request_seed(args.seed, prompt, j)
+        if isinstance(prompt, str):
+            return attempt(client, client.completions.create, what, prompt=prompt, **how)
+        return attempt(client, client.chat.completions.create, what, messages=prompt, **how)
+
+    for (key, _, j), reply in answered(ask, wanted, args.concurrency, failures):
+        replies.setdefault(key, {})[j] = reply
+        if len(replies[key]) == k:
+            whole = [reply for _, reply in sorted(replies.pop(key).items())]
+            yield (key, [reply["text"] for reply in whole], [reply["finish_reason"] == "stop" for reply in whole],
+                   [reply["tokens"] for reply in whole])
+    if failures:
+        raise UserError(failed(failures, len(wanted)))
+
+
+def failed(failures, n):
+    """What is said of requests that failed after their retries."""
+    unasked = sum(why == "not asked" for _, why in failures)
+    rest = f"; {unasked} were not asked after {GIVE_UP} failures in a row" if unasked else ""
+    first = f"{len(failures) - unasked} of {n} requests failed, the first: {failures[0][1]}"
+    return f"{first}{rest}; the same command asks those that are missing"
+
+
+# -------------------------------------------------------------------------------------------------------------- the judge
+def judge_flags(parser):
+    add = parser.add_argument
+    add("--judge", required=True, metavar="MODEL", help="the server's name of the judge, such as gpt-4o-mini")
+    add("--out", required=True, help="verdicts, one JSON line each: the ledger. Run again with it to ask only what is missing;"
+        " delete a line to ask that again. The result goes beside it, to *.summary.json")
+    add("--samples", help="compare these completions (a file that `sample` wrote) ...")
+    add("--against", help="... with those of the same prompt and index in this file (default: with the first reference)")
+    add("--prompt", choices=list(PROMPTS), default="hh", help="hh: the paper's Table 2, for dialogues; tldr: Rafailov et al."
+        " 2023, C.2, for summaries (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of who is A and who is B (default: %(default)s)")
+    add("--suite", choices=["mt_bench"], help="grade answers instead of comparing samples; needs the next four files")
+    add("--answers", help="mt_bench: the answers, as FastChat and `bench` write them")
+    add("--questions", help="mt_bench: FastChat's question.jsonl")
+    add("--judge_prompts", help="mt_bench: FastChat's judge_prompts.jsonl")
+    add("--reference_answers", help="mt_bench: FastChat's reference_answer/gpt-4.jsonl")
+    api_flags(parser, required=True)
+
+
+def comparison_tasks(args):
+    """-> the requests that compare samples, and counts of what has nothing to be compared with. A task holds `messages` and
+    `about`: what it asks about, with the letter that stands for our completion. Texts lose the blanks around them, which would
+    tell the writers apart; an empty completion is judged like any other."""
+    tasks, lacking, others = [], dict(prompts_without_opponent=0, completions_without_opponent=0), {}
+    for _, row in read_samples(args.against) if args.against else []:
+        others.setdefault(json.dumps(row["prompt"]), row["completions"])
+    for where, row in read_samples(args.samples):
+        if not isinstance(row["prompt"], str):
+            raise UserError(f"{where}: the judge's prompts take texts, this prompt is a list of messages")
+        prompt, completions = row["prompt"], row["completions"]
+        opponents = others.get(json.dumps(prompt), []) if args.against else row["references"][:1] * len(completions)
+        lacking["prompts_without_opponent"] += not opponents
+        lacking["completions_without_opponent"] += max(0, len(completions) - len(opponents))
+        for j, (ours, theirs) in enumerate(zip(completions, opponents)):
+            letter = "AB"[request_seed(args.seed, prompt, j) % 2]
+            a, b = (ours, theirs) if letter == "A" else (theirs, ours)
+            content = PROMPTS[args.prompt].format(prompt=prompt.strip(), a=a.strip(), b=b.strip())
+            about = dict(prompt=prompt, j=j, completion_is=letter)
+            tasks.append(dict(messages=[dict(role="user", content=content)], about=about))
+    return tasks, lacking
+
+
+def read_turns(path):
+    """FastChat's answers -> {question_id: texts, one a turn}."""
+    found = {}
+    for where, row in read_jsonl(Path(path)):
+        try:
+            name, turns = row["question_id"], row["choices"][0]["turns"]
+        except (KeyError, IndexError, TypeError):
+            raise UserError(f"{where}: want FastChat's {{question_id, choices: [{{turns: [text, ...]}}]}}") from None
+        if name in found:
+            raise UserError(f"{where}: question {name} is answered twice: leave one model's answers in the file")
+        found[name] = turns
+    return found
+
+
+def mt_bench_tasks(args):
+    """-> the requests that grade MT-Bench answers one by one, turn 1 and turn 2, in FastChat's words, and the count of
+    questions without an answer. Like comparison_tasks."""
+    answers, references = read_turns(args.answers), read_turns(args.reference_answers)
+    templates = {row.get("name"): row for _, row in read_jsonl(Path(args.judge_prompts))}
+    tasks, lacking = [], dict(questions_without_answer=0)
+    for where, row in read_jsonl(Path(args.questions)):
+        try:
+            name, category, questions = row["question_id"], row["category"], row["turns"]
+            if name not in answers:
+                lacking["questions_without_answer"] += 1
+                continue
+            texts = dict(question=questions[0], answer=answers[name][0])
+            for field, turns in (("question", questions), ("answer", answers[name]), ("ref_answer", references.get(name, []))):
+                texts |= {f"{field}_{turn}": text for turn, text in enumerate(turns, 1)}
+            kind = "single-math-v1" if category in NEED_REFERENCE else "single-v1"
+            for turn, template in enumerate((kind, f"{kind}-multi-turn")[: len(questions)], 1):
+                content = templates[template]["prompt_template"].format(**texts)
+                system = dict(role="system", content=templates[template]["system_prompt"])
+                about = dict(question_id=name, category=category, turn=turn)
+                tasks.append(dict(messages=[system, dict(role="user", content=content)], about=about))
+        except (KeyError, IndexError) as error:
+            raise UserError(f"{where}: question, answer, reference answer or judge prompts lack {error}") from None
+    return tasks, lacking
+
+
+def open_ledger(path):
+    """-> {key: verdict line}, and the file to append to. The end of a line that a kill cut short is dropped."""
+    if path.suffix == ".gz":
+        raise UserError(f"--out {path}: verdicts are not compressed: name it .jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab+")
+    file.seek(0)
+    held, begins = file.read(), b'{"key": "'
+    if not begins.startswith(held[: len(begins)]):  # before anything is cut off
+        raise UserError(f"{path}:1: not a verdict: give --out a file of its own")
+    file.truncate(held.rfind(b"\n") + 1)
+    settle(path.parent)
+    ledger = {}
+    for where, row in read_jsonl(path):
+        if not {"key", "verdict", "text"} <= row.keys():
+            raise UserError(f"{where}: not a verdict: mend or delete that line")
+        ledger[row["key"]] = row
+    return ledger, file
+
+
+def judge(args):
+    """Ask for every verdict that the ledger lacks, then score. A verdict's key is the hash of its request and of what it is
+    about, so a ledger serves any number of runs, and other flags ask anew. Raises UserError at the end if requests failed."""
+    compare, grade = ["samples"], ["answers", "questions", "judge_prompts", "reference_answers"]
+    for name in [*compare, "against", *grade]:
+        wanted, given = name in (grade if args.suite else compare), bool(getattr(args, name))
+        if wanted and not given:
+            raise UserError(f"--{name} is missing" + (f": --suite {args.suite} needs it" if args.suite else ""))
+        if given and not wanted and (args.suite or name != "against"):
+            raise UserError(f"--{name} has no meaning {'with' if args.suite else 'without'} --suite")
+    tasks, lacking = (mt_bench_tasks if args.suite else comparison_tasks)(args)
+    if not tasks:
+        raise UserError(f"{args.answers or args.samples}: nothing to judge: {lacking}")
+    for task in tasks:
+        identity = dict(model=args.judge, messages=task["messages"], about=task["about"], **JUDGE_SAMPLING)
+        task["key"] = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    out, failures = Path(args.out), []
+    ledger, file = open_ledger(out)
+    pending = {task["key"]: task for task in tasks if task["key"] not in ledger}
+    print(f"{out}: {len(tasks)} verdicts wanted, {len(pending)} of them still to be asked of {args.judge}", flush=True)
+
+    if pending:
+        client, parse = connect(args), parse_rating if args.suite else parse_choice
+        request = dict(model=args.judge, **JUDGE_SAMPLING)
+        what = lambda task: f"{args.judge} about {str(task['about'])[:100]}"
+        ask = lambda task: attempt(client, client.chat.completions.create, what(task), messages=task["messages"], **request)
+        with tqdm(total=len(pending), unit="verdict", disable=None) as bar:
+            for task, reply in answered(ask, pending.values(), args.concurrency, failures):
+                row = dict(key=task["key"], judge=args.judge, **task["about"], verdict=parse(reply["text"]), **reply)
+                file.write(json.dumps(row).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                ledger[task["key"]] = row
+                bar.update()
+    file.close()
+
+    verdicts = [(task["about"], ledger[task["key"]]) for task in tasks if task["key"] in ledger]
+    scored = [(about, row["verdict"]) for about, row in verdicts if row["verdict"] is not None]
+    malformed = {row["key"]: " ".join(row["text"].split())[:80] for _, row in verdicts if row["verdict"] is None}
+    counts = dict(verdicts_wanted=len(tasks), scored=len(scored), malformed=len(verdicts) - len(scored),
+                  missing=len(tasks) - len(verdicts)) | lacking
+    result, lines = {}, ["no verdict could be scored"]
+    if scored:
+        result, lines = grade_result(scored) if args.suite else comparison_result(scored)
+    asked = dict(judge=args.judge, answers=args.answers) if args.suite else dict(
+        judge=args.judge, samples=args.samples, against=args.against or "first reference", prompt=args.prompt, seed=args.seed)
+    summary = asked | counts | result | dict(malformed_verdicts=malformed)
+    path = out.with_suffix(".summary.json")
+    write_aside(path, lambda aside: aside.write_text(json.dumps(summary, indent=2)))
+    for key, words in list(malformed.items())[:10]:
+        print(f"malformed: {key[:12]} {words!r}")
+    print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
+    print(*lines, f"-> {path}", sep="\n", flush=True)
+    if failures:
+        raise UserError(failed(failures, len(pending)))
+
+
+def comparison_result(scored):
+    """Scored comparisons [(about, "A" or "B")] -> the summary's figures, and the lines for the screen."""
+    wins, clusters = [float(choice == about["completion_is"]) for about, choice in scored], {}
+    for (about, _), win in zip(scored, wins):
+        clusters.setdefault(about["prompt"], []).append(win)
+    n, said_a = len(scored), sum(choice == "A" for _, choice in scored)
+    (low, high), (low_a, high_a), error = wilson(sum(wins), n), wilson(said_a, n), clustered_error(list(clusters.values()))
+    result = dict(prompts=len(clusters), win_rate=sum(wins) / n, win_rate_wilson95=[low, high], win_rate_se_by_prompt=error,
+                  share_a=said_a / n, share_a_wilson95=[low_a, high_a])
+    by_prompt = "none from one prompt" if error is None else f"{error:.4f}"
+    return result, [f"win rate {sum(wins) / n:.4f}, 95% {low:.4f} to {high:.4f} (Wilson); s.e. clustered by prompt {by_prompt}",
+                    f"position: the judge said A in {said_a / n:.4f}, 95% {low_a:.4f} to {high_a:.4f}; without bias 0.5"]
+
+
+def grade_result(scored):
+    """Scored MT-Bench grades [(about, 1 to 10)] -> the mean grades for the summary, and a table of them for the screen. A mean
+    is over the verdicts that it covers, as FastChat's: a category's and the overall one pool both turns."""
+    def means(category=None):
+        rows = [(about["turn"], rating) for about, rating in scored if category in (None, about["category"])]
+        columns = dict(turn_1=[r for t, r in rows if t == 1], turn_2=[r for t, r in rows if t == 2], both=[r for _, r in rows])
+        return {name: sum(ratings) / len(ratings) if ratings else None for name, ratings in columns.items()}
+
+    by_category = {category: means(category) for category in dict.fromkeys(about["category"] for about, _ in scored)}
+    cell = lambda value: "      -" if value is None else f"{value:7.2f}"
+    table = [f"{name:<12}" + "".join(map(cell, row.values())) for name, row in {**by_category, "all": means()}.items()]
+    return dict(by_category=by_category, overall=means()), ["category     turn 1 turn 2   both", *table]
+
+
+# ------------------------------------------------------------------------------ plot: figures 3 to 6 and Table 1 from JSON lines
+# A figure is first a list of rows, which are written beside it; the picture is drawn from the rows alone. Units: win rates in %,
+# their differences in points, sqrt KL in sqrt nats, log-ratios and log_eps in nats, lengths in tokens. `x_se` stands for the
+# standard error of the mean x over seeds, sd / sqrt(n); None for one seed.
+# A loss looks the same in every figure and is told apart without colour; the importance-sampled ones have full markers.
+LOSS_LOOKS = {
+    "is_dpo": dict(color="black", linestyle="-", marker="o"),
+    "dpo": dict(color="#0060a0", linestyle="--", marker="s", fillstyle="none"),
+    "is_ipo": dict(color="#606060", linestyle=(0, (8, 2)), marker="P"),
+    "ipo": dict(color="#b04000", linestyle="-.", marker="D", fillstyle="none"),
+    "rpo": dict(color="#3a7d34", linestyle=":", marker="v", fillstyle="none"),
+    "chi_po": dict(color="#7a3b8f", linestyle=(0, (5, 1, 1, 1, 1, 1)), marker="^", fillstyle="none"),
+    "length_dpo": dict(color="#907000", linestyle=(0, (1, 3)), marker="x"),
+}
+WIN_RATE, SQRT_KL = "golden win rate (%)", r"$\sqrt{\mathrm{KL}(\pi\,\|\,\mathrm{ref})}$ ($\sqrt{\mathrm{nats}}$)"
+GOLDEN_NUMBERS = ("step", "epoch", "win_rate", "sqrt_kl", "reward", "length")
+# What all runs of a plot must share, and what seeds of one setting must share too. Not paths, which differ between machines: the
+# data's fingerprint and golden's settings stand for them.
+COMMON = ("protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "weight_decay", "adam_eps",
+          "grad_clip", "max_length", "max_prompt_length", "truncation")
+SAME_SEED = ("golden settings", "data fingerprint")  # another seed may have its own data, reference and reward model
+LOSS_OWN_FLAGS = ("label_smoothing", "length_average", "eta", "alpha", "r_max")
+
+
+def plot_flags(parser):
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run directories of train_pref.py, on the same data, that `golden` has evaluated")
+    add("--out", default="figs", help="directory for the figures, their rows and the table (default: %(default)s)")
+    add("--log_eps", type=float, default=1.0, help="is_*: runs with this one are in figures 3, 4, 6 and the paired differences,"
+        " nats; inf: no cap (default: %(default)s)")
+
+
+def whole_lines(path):
+    """[("file:line", object)] of a JSON-lines file. A last line that a kill cut in two is left out."""
+    rows = []
+    try:
+        for row in read_jsonl(path):
+            rows.append(row)
+    except UserError as error:
+        unended = path.read_bytes().count(b"\n") + 1  # the line after the last newline
+        if not str(error).startswith(f"{path}:{unended}: not JSON"):
+            raise
+    return rows
+
+
+def read_run(directory):
+    """-> a run as a dict: name, setting (beta, lr, loss, log_eps: None where the loss has none, "inf" for no cap: JSON has no
+    infinity), seed, args, pairs (an epoch's), steps (lines of metrics.jsonl), points (of golden.jsonl, from step 0 on), order."""
+    metrics, golden = directory / "metrics.jsonl", directory / "golden.jsonl"
+    remedy = f"python evaluate.py golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {directory}"
+    if not metrics.is_file():
+        raise UserError(f"{directory}: no metrics.jsonl in it: give run directories of train_pref.py")
+    if not golden.is_file():
+        raise UserError(f"{golden}: no such file: first run {remedy}")
+
+    header, *steps = [row for _, row in whole_lines(metrics)] or [{}]
+    args = header.get("args", {})
+    if args.get("loss") not in LOSS_LOOKS or not {"beta", "lr", "seed", "batch_size"} <= args.keys():
+        raise UserError(f"{metrics}:1: not the header of a run of train_pref.py: give its run directories")
+    log_eps = args.get("log_eps") if args["loss"].startswith("is_") else None
+    setting = dict(beta=args["beta"], lr=args["lr"], loss=args["loss"], log_eps="inf" if log_eps == math.inf else log_eps)
+
+    lines, points = whole_lines(golden), {}
+    settings = lines[-1][1].get("settings") if lines else None
+    for where, row in lines:
+        if row.get("settings") == settings:
+            bad = [k for k in GOLDEN_NUMBERS if not isinstance(row.get(k), (int, float)) or not math.isfinite(row[k])]
+            if bad:
+                raise UserError(f"{where}: no number for {', '.join(bad)}: delete {golden} and run {remedy}")
+            points[row["step"]] = row  # evaluated twice: the later line holds
+    if 0 not in points:
+        raise UserError(f"{golden}: no line of step 0, the reference: {remedy} goes on where it stopped")
+    others = sorted({str(row.get("settings")) for _, row in lines} - {str(settings)})
+    if others:
+        print(f"{golden}: read are the lines of its last settings, {settings}; left out are those of {', '.join(others)}")
+    if max(points) < header.get("steps", 0):
+        print(f"{directory}: evaluated up to step {max(points)} of {header['steps']}: that one stands for the final policy")
+    return dict(name=str(directory), setting=setting, seed=args["seed"], pairs=header.get("pairs") or args["batch_size"],
+                steps=steps, args=args | {"golden settings": settings, "protocol": lines[-1][1].get("protocol"), "data fingerprint": header.get("data")},
+                order=(args["beta"], args["lr"], list(LOSS_LOOKS).index(args["loss"]), log_eps or 0, args["seed"]),
+                points=[points[step] for step in sorted(points)])
+
+
+def check_comparable(runs):
+    """Raise UserError where runs were trained or evaluated in ways that do not belong in one figure, or where one comes twice."""
+    for k, run in enumerate(runs):
+        for other in runs[:k]:
+            same_setting, names = other["setting"] == run["setting"], f"{other['name']} and {run['name']}"
+            if same_setting and other["seed"] == run["seed"]:
+                raise UserError(f"{names} are the same setting and seed: give one of them")
+            pairs = {key: (other["args"].get(key), run["args"].get(key)) for key in
+                     COMMON + LOSS_OWN_FLAGS * same_setting + SAME_SEED * (other["seed"] == run["seed"])}
+            differ = "; ".join(f"{key} {then!r} and {now!r}" for key, (then, now) in pairs.items() if then != now)
+            if differ:
+                raise UserError(f"{names} are not comparable, {differ}: plot them apart, or run evaluate.py golden on both alike")
+
+
+def by_setting(runs):
+    """[(setting, its runs, one a seed)]"""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run["setting"].values()), []).append(run)
+    return [(group[0]["setting"], group) for group in groups.values()]
+
+
+def mean_se(name, values):
+    """{name: mean, name_se: standard error of the mean, sd (n - 1) / sqrt(n)}; None for what no or one value cannot give."""
+    n = len(values)
+    return {name: float(np.mean(values)) if n else None, f"{name}_se": float(np.std(values, ddof=1) / n**0.5) if n > 1 else None}
+
+
+# ------------------------------------------------------------------------------------------------- figure 3: the fitted curve
+def curve_terms(d, form):
+    """The columns (N, 2) that a and b multiply in WR(d) - WR_sft at d = sqrt KL (N,): d (a - b log d) for form "log" (Gao et al.
+    2022, Rafailov et al. 2024), whose limit at d = 0 is 0; d (a - b d) for "quadratic"."""
+    d = np.asarray(d, dtype=float)
+    return np.stack([d, -d * (np.log(np.where(d > 0, d, 1.0)) if form == "log" else d)], -1)
+
+
+def fit_curve(d, win_rates, start, form):
+    """(a, b) by least squares, WR_sft = `start` held fixed; None where d > 0 at fewer than 3 points or at a single distance."""
+    d, win_rates = np.asarray(d, dtype=float), np.asarray(win_rates, dtype=float)
+    terms = curve_terms(d[d > 0], form)
+    if len(terms) < 3 or np.linalg.matrix_rank(terms) < 2:
+        return None
+    return np.linalg.lstsq(terms, win_rates[d > 0] - start, rcond=None)[0]
+
+
+def curve_peak(a, b, start, form):
+    """(d*, WR*) where the derivative is 0: (exp(a/b - 1), WR_sft + b d*), quadratic: (a / 2b, WR_sft + b d*^2). None where the
+    curve has no maximum at d > 0, or the log form's is beyond what a float holds."""
+    if b <= 0 or (a / b > 700 if form == "log" else a <= 0):
+        return None
+    d = math.exp(a / b - 1) if form == "log" else a / (2 * b)
+    return d, start + b * (d if form == "log" else d * d)
+
+
+def bootstrap_band(seeds, start, grid, draws=1000):
+    """2.5 and 97.5 percentiles (2, G), at the distances `grid` (G,), of the log form fitted to seeds drawn with replacement. A
+    seed is an array (checkpoints, 2) of d and win rate and stays whole; WR_sft is fixed. None for a single seed; rough for three,
+    of which there are but ten different draws."""
+    if len(seeds) < 2:
+        return None
+    picks = np.sort(np.random.default_rng(0).integers(len(seeds), size=(draws, len(seeds))), axis=1)
+    curves = []
+    for picked, times in zip(*np.unique(picks, axis=0, return_counts=True)):
+        fitted = fit_curve(*np.concatenate([seeds[k] for k in picked]).T, start, "log")
+        if fitted is not None:  # few checkpoints of one seed, drawn again and again, may not do
+            curves += [start + curve_terms(grid, "log") @ fitted] * int(times)
+    return np.percentile(curves, [2.5, 97.5], axis=0)
+
+
+def figure_3_rows(runs):
+    """Rows of kind "point", a checkpoint of a seed, and of kind "fit", one a form: a (points a sqrt nat), b, root mean square
+    residual (points), peak (None: there is none), whether it is inside the data; the log form's curve and band as drawn."""
+    rows = []
+    for setting, group in by_setting(runs):
+        seeds = [np.array([(point["sqrt_kl"], 100 * point["win_rate"]) for point in run["points"]]) for run in group]
+        for run, values in zip(group, seeds):
+            rows += [dict(kind="point", **setting, seed=run["seed"], step=point["step"], sqrt_kl=d, win_rate=win_rate)
+                     for point, (d, win_rate) in zip(run["points"], values.tolist())]
+        start = float(np.mean([values[0, 1] for values in seeds]))
+        seeds = [values[1:] for values in seeds]  # without the reference, where the curve is WR_sft whatever a and b
+        d, win_rates = np.concatenate(seeds).T
+        d, win_rates = d[d > 0], win_rates[d > 0]
+        for form in ("log", "quadratic"):
+            rows.append(dict(kind="fit", **setting, form=form, seeds=len(group), points=len(d), start=start, a=None, b=None))
+            row, fitted = rows[-1], fit_curve(d, win_rates, start, form)
+            if fitted is None:
+                continue
+            row["a"], row["b"] = fitted.tolist()
+            row["residual"] = float(np.sqrt(np.mean((win_rates - start - curve_terms(d, form) @ fitted) ** 2)))
+            row["peak_sqrt_kl"], row["peak_win_rate"] = curve_peak(row["a"], row["b"], start, form) or (None, None)
+            row["low"], row["high"] = float(d.min()), float(d.max())
+            row["inside"] = row["peak_sqrt_kl"] is not None and row["low"] <= row["peak_sqrt_kl"] <= row["high"]
+            if form == "log":
+                grid = np.linspace(0, row["high"], 61)
+                band = bootstrap_band(seeds, start, grid)
+                row["sqrt_kl"], row["win_rate"] = grid.tolist(), (start + curve_terms(grid, form) @ fitted).tolist()
+                row["band"] = None if band is None else band.tolist()
+    return rows
+
+
+def fit_line(row):
+    """What the screen says of a row of kind "fit"."""
+    line = f"figure 3: {row['loss']}, beta {row['beta']:g}, lr {row['lr']:g}, {row['form']} form, {row['points']} points: "
+    if row["a"] is None:
+        return line + "no fit, which takes 3 checkpoints, at two distances at least, with sqrt KL above 0"
+    line += f"a {row['a']:.4g}, b {row['b']:.4g}, residual {row['residual']:.2f} points; "
+    if row["peak_sqrt_kl"] is None:
+        return line + "it has no peak"
+    where = f"{'inside' if row['inside'] else 'OUTSIDE'} the data ({row['low']:.3g} to {row['high']:.3g})"
+    return line + f"peak {row['peak_win_rate']:.4g}% at {row['peak_sqrt_kl']:.3g}, {where}"
+
+
+# ------------------------------------------------------------------------------------------------- figures 4 to 6 and Table 1
+def figure_4_rows(runs):
+    """A row a setting and evaluated step: win rate and sqrt KL, means over the n seeds that have it."""
+    rows = []
+    for setting, group in by_setting(runs):
+        for step in sorted({point["step"] for run in group for point in run["points"]}):
+            points = [point for run in group for point in run["points"] if point["step"] == step]
+            rows.append(dict(**setting, step=step, epoch=points[0]["epoch"], n=len(points))
+                        | mean_se("win_rate", [100 * point["win_rate"] for point in points])
+                        | mean_se("sqrt_kl", [point["sqrt_kl"] for point in points]))
+    return rows
+
+
+def figure_6_rows(runs, bin_steps):
+    """A row a setting and `bin_steps` steps: mean log pi/ref (nats) of chosen and of rejected responses, and mean weight (capped;
+    1 where the loss has none), over a seed's steps, then over the n seeds. The paper plots a mean ratio, which is not logged, as
+    a few pairs would decide it; the exp of a mean log-ratio is the geometric mean and lies below it."""
+    rows = []
+    for setting, group in by_setting(runs):
+        for k in range(math.ceil(max((len(run["steps"]) for run in group), default=0) / bin_steps)):
+            parts = [part for run in group if (part := run["steps"][k * bin_steps : (k + 1) * bin_steps])]
+            row = dict(**setting, first_step=k * bin_steps + 1, bin_steps=bin_steps, n=len(parts),
+                       epoch=float(np.mean([line["epoch"] for part in parts for line in part])))
+            for name in ("ratio/chosen", "ratio/rejected", "weights/mean"):
+                finite = [[line[name] for line in part if line[name] is not None] for part in parts]  # null: was not finite
+                row |= mean_se(name, [np.mean(values) for values in finite if values])
+            rows.append(row)
+    return rows
+
+
+def run_numbers(run):
+    """What Table 1 says of one run: win rates (%) and sqrt KL of the final policy and of the peak, the best of the checkpoints
+    and the reference; the drop between (points); the final reward and length (tokens); the effective sample size of the weights
+    as a share of the step's pairs, averaged over the last tenth of the steps."""
+    peak, final, size = max(run["points"], key=lambda point: point["win_rate"]), run["points"][-1], run["args"]["batch_size"]
+    shares = []
+    for line in run["steps"][-max(1, len(run["steps"]) // 10):]:
+        done = (line["step"] - 1) % math.ceil(run["pairs"] / size) * size  # pairs of this epoch; its last step may be short
+        if line["weights/ess"] is not None:
+            shares.append(line["weights/ess"] / min(size, run["pairs"] - done))
+    return dict(peak_win_rate=100 * peak["win_rate"], peak_sqrt_kl=peak["sqrt_kl"],
+                final_win_rate=100 * final["win_rate"], final_sqrt_kl=final["sqrt_kl"],
+                drop=100 * (peak["win_rate"] - final["win_rate"]), ess_share=float(np.mean(shares)) if shares else None,
+                reward=final["reward"], length=final["length"])
+
+
+def table_rows(runs):
+    """A row a setting: run_numbers, means over its n seeds."""
+    rows = []
+    for setting, group in by_setting(runs):
+        numbers = [run_numbers(run) for run in group]
+        rows.append(dict(kind="setting", **setting, n=len(group), seeds=[run["seed"] for run in group]))
+        for name in numbers[0]:
+            rows[-1] |= mean_se(name, [of_run[name] for of_run in numbers if of_run[name] is not None])
+    return rows
+
+
+def paired_rows(runs):
+    """A row a beta, lr and loss: is_dpo minus that loss, the difference (points) of two runs of one seed, mean over the n seeds
+    that have both."""
+    rows = []
+    for setting, group in by_setting(runs):
+        for other, others in by_setting(runs):
+            pairs = [(run_numbers(a), run_numbers(b)) for a in group for b in others if a["seed"] == b["seed"]]
+            same_panel = (setting["beta"], setting["lr"]) == (other["beta"], other["lr"])
+            if setting["loss"] == "is_dpo" and other["loss"] != "is_dpo" and same_panel and pairs:
+                rows.append(dict(kind="paired", **setting, minus=other["loss"], n=len(pairs))
+                            | mean_se("final_win_rate", [a["final_win_rate"] - b["final_win_rate"] for a, b in pairs])
+                            | mean_se("peak_win_rate", [a["peak_win_rate"] - b["peak_win_rate"] for a, b in pairs]))
+    return rows
+
+
+def markdown_table(table, paired, settings):
+    """Table 1 and the paired differences below it, from their rows."""
+    def cell(row, name, digits=1):
+        mean, se = row[name], row[f"{name}_se"]
+        return "-" if mean is None else f"{mean:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
+
+    text = ("| loss | β | log ε | lr | seeds | peak win rate (%) | √KL there | final win rate (%) | √KL there | drop (points) |"
+            " ESS share | final reward | final length (tokens) |\n" + "|---" * 13 + "|\n")
+    for row in table:
+        log_eps = "-" if row["log_eps"] is None else row["log_eps"]
+        text += (f"| {row['loss']} | {row['beta']:g} | {log_eps} | {row['lr']:g} | {row['n']} | {cell(row, 'peak_win_rate')} |"
+                 f" {cell(row, 'peak_sqrt_kl', 2)} | {cell(row, 'final_win_rate')} | {cell(row, 'final_sqrt_kl', 2)} |"
+                 f" {cell(row, 'drop')} | {cell(row, 'ess_share', 2)} | {cell(row, 'reward', 2)} | {cell(row, 'length')} |\n")
+    text += (f"\nMean ± standard error over seeds; √KL in √nats; golden settings {settings}. The peak is the best of the"
+             " checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share: effective sample"
+             " size of the weights over the step's pairs, last tenth of the steps; 1 without weights.\n")
+    if paired:
+        text += ("\n| is_dpo minus | β | lr | pairs of runs | final win rate (points) | peak win rate (points) |\n"
+                 + "|---" * 6 + "|\n")
+        for row in paired:
+            text += (f"| {row['minus']} | {row['beta']:g} | {row['lr']:g} | {row['n']} | {cell(row, 'final_win_rate')} |"
+                     f" {cell(row, 'peak_win_rate')} |\n")
+        text += f"\nDifferences by seed, mean ± standard error over the pairs; is_dpo at log ε {paired[0]['log_eps']}.\n"
+    return text
+
+
+# ----------------------------------------------------------------------------------------- the pictures, from the rows alone
+def panel_grid(rows, y_labels, x_label):
+    """A column of axes a (beta, lr), a line of axes a y label -> figure, [(the column's axes, {loss: its rows})]."""
+    from matplotlib.figure import Figure
+
+    panels = sorted({(row["beta"], row["lr"]) for row in rows})
+    height = 4.6 if len(y_labels) == 1 else 1.2 + 2.5 * len(y_labels)
+    figure = Figure(figsize=(max(6.0, 1 + 3.4 * len(panels)), height), layout="constrained")
+    axes, columns = figure.subplots(len(y_labels), len(panels), sharex="col", sharey="row", squeeze=False), []
+    for ax, label in zip(axes[:, 0], y_labels):
+        ax.set_ylabel(label)
+    for column, (beta, lr) in zip(axes.T, panels):
+        column[0].set_title(rf"$\beta$ = {beta:g}" + (f", lr {lr:g}" if len({lr for _, lr in panels}) > 1 else ""), fontsize=10)
+        column[-1].set_xlabel(x_label)
+        of_panel = [row for row in rows if (row["beta"], row["lr"]) == (beta, lr)]
+        losses = {loss: [row for row in of_panel if row["loss"] == loss] for loss in LOSS_LOOKS}
+        columns.append((column, {loss: of_loss for loss, of_loss in losses.items() if of_loss}))
+    return figure, columns
+
+
+def plot_figure_3(rows):
+    """Checkpoints of all seeds; the log form's curve, its band, a star at a peak among the data. A panel a beta: with all of them
+    in one, five losses cannot be followed. The quadratic form stays in the rows: its lines would hide the others."""
+    figure, columns = panel_grid(rows, [WIN_RATE], SQRT_KL)
+    for (ax,), losses in columns:
+        for loss, of_loss in losses.items():
+            look, points = dict(LOSS_LOOKS[loss], markersize=4), [row for row in of_loss if row["kind"] == "point"]
+            ax.plot([p["sqrt_kl"] for p in points], [p["win_rate"] for p in points], **look | dict(linestyle="", alpha=0.7))
+            ax.plot([], [], label=loss, **look)
+            fit = next(row for row in of_loss if row["kind"] == "fit")  # the log form's
+            if fit["a"] is not None:
+                ax.plot(fit["sqrt_kl"], fit["win_rate"], **look | dict(marker=""))
+                if fit["band"]:
+                    ax.fill_between(fit["sqrt_kl"], *fit["band"], color=look["color"], alpha=0.12, linewidth=0)
+                if fit["inside"]:
+                    ax.plot(fit["peak_sqrt_kl"], fit["peak_win_rate"], "*", color=look["color"], markersize=13, mec="white")
+        ax.set_xlim(0, None)
+    ax.plot([], [], "*", color="grey", markersize=11, label="peak of a fitted curve")
+    return figure
+
+
+def draw_training(rows, labels, x_label, every=1):
+    """Figures 4 and 6: means over seeds, shades of one standard error, over epochs; labels: {field of a row: its axis' label}."""
+    figure, columns = panel_grid(rows, list(labels.values()), x_label)
+    for axes, losses in columns:
+        for loss, of_loss in losses.items():
+            for ax, y in zip(axes, labels):
+                if y == "weights/mean" and not loss.startswith("is_"):
+                    continue  # it is 1
+                # None becomes nan, which is not drawn
+                x, mean, se = (np.array([row[key] for row in of_loss], dtype=float) for key in ("epoch", y, f"{y}_se"))
+                ax.plot(x, mean, label=loss, markersize=4, markevery=every, **LOSS_LOOKS[loss])
+                ax.fill_between(x, mean - se, mean + se, color=LOSS_LOOKS[loss]["color"], alpha=0.15, linewidth=0)
+    return figure
+
+
+def plot_figure_4(rows):
+    return draw_training(rows, {"win_rate": WIN_RATE, "sqrt_kl": SQRT_KL}, "epoch")
+
+
+def plot_figure_5(rows):
+    """Win rate and sqrt KL, of the final policy and at the peak, over log_eps, evenly spaced; bars of one standard error."""
+    figure, columns = panel_grid(rows, [WIN_RATE, SQRT_KL], r"log $\epsilon$ (nats a response; $\infty$: no cap)")
+    ticks = sorted({float(row["log_eps"]) for row in rows})
+    for axes, losses in columns:
+        for k, (loss, of_loss) in enumerate(losses.items()):
+            of_loss = sorted(of_loss, key=lambda row: float(row["log_eps"]))
+            for ax, y in zip(axes, ("win_rate", "sqrt_kl")):
+                for when, shift, look in (("final", 0.0, {}), ("peak", 0.06, dict(linestyle=":", fillstyle="none"))):
+                    place = [ticks.index(float(row["log_eps"])) + 0.12 * k + shift for row in of_loss]  # beside each other
+                    mean, se = (np.array([row[f"{when}_{y}{end}"] for row in of_loss], dtype=float) for end in ("", "_se"))
+                    ax.errorbar(place, mean, se, capsize=2, markersize=4, label=f"{loss}, {when}", **LOSS_LOOKS[loss] | look)
+        axes[-1].set_xticks(range(len(ticks)), [r"$\infty$" if tick == math.inf else f"{tick:g}" for tick in ticks])
+    return figure
+
+
+def plot_figure_6(rows):
+    labels = {"ratio/chosen": r"mean log $\pi$/ref, chosen (nats)", "ratio/rejected": r"mean log $\pi$/ref, rejected (nats)"}
+    if any(row["log_eps"] is not None for row in rows):
+        labels["weights/mean"] = "mean weight (capped)"
+    bin_steps = rows[0]["bin_steps"]
+    return draw_training(rows, labels, "epoch" + (f" (a point: mean of {bin_steps} steps)" if bin_steps > 1 else ""), every=4)
+
+
+def plot(args):
+    """Figures 3 to 6 and Table 1 of the runs given."""
+    import matplotlib
+
+    runs, out = sorted((read_run(Path(run)) for run in args.runs), key=lambda run: run["order"]), Path(args.out)
+    check_comparable(runs)
+    shown = [run for run in runs if run["setting"]["log_eps"] is None or float(run["setting"]["log_eps"]) == args.log_eps]
+    if len(shown) < len(runs):
+        print(f"figures 3, 4, 6 and the paired differences leave out {len(runs) - len(shown)} runs of a log_eps other than"
+              f" {args.log_eps:g} (--log_eps)")
+    table, paired = table_rows(runs), paired_rows(shown)
+    several = Counter((row["beta"], row["lr"], row["loss"]) for row in table)  # rows differ in log_eps then
+    ablation = [row for row in table if several[row["beta"], row["lr"], row["loss"]] > 1]
+    evaluated = [run for run in shown if len(run["points"]) > 1]
+    bin_steps = max(1, max(len(run["steps"]) for run in runs) // 40)
+    nothing = f"no run of a loss without log_eps, or at {args.log_eps:g}, has "
+    figures = {"figure3": (figure_3_rows(evaluated), plot_figure_3, nothing + "a checkpoint after step 0 evaluated"),
+               "figure4": (figure_4_rows(evaluated), plot_figure_4, nothing + "a checkpoint after step 0 evaluated"),
+               "figure5": (ablation, plot_figure_5, "no beta, lr and loss has two values of log_eps"),
+               "figure6": (figure_6_rows(shown, bin_steps), plot_figure_6, nothing + "a step in its metrics.jsonl")}
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (rows, draw, reason) in figures.items():
+        if not rows:
+            print(f"{name} is not drawn: {reason}")
+            for suffix in (".png", ".svg", ".jsonl"):  # an earlier one would pass for these runs'
+                (out / f"{name}{suffix}").unlink(missing_ok=True)
+            continue
+        for row in rows:
+            if row.get("kind") == "fit":
+                print(fit_line(row))
+        write_lines(out / f"{name}.jsonl", rows)
+        figure = draw(rows)
+        legend = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}  # each once
+        figure.legend(legend.values(), legend, loc="outside lower center", fontsize=9, frameon=False,
+                      ncols=max(3, round(figure.get_figwidth() / 2)))
+        with matplotlib.rc_context({"svg.hashsalt": name}):  # the same rows, the same bytes
+            write_aside(out / f"{name}.png", lambda aside: figure.savefig(aside, format="png", dpi=150))
+            write_aside(out / f"{name}.svg", lambda aside: figure.savefig(aside, format="svg", metadata={"Date": None}))
+        print(f"{out / name}.png, .svg, .jsonl")
+    write_lines(out / "table.jsonl", table + paired)
+    settings = runs[0]["args"]["golden settings"]
+    write_aside(out / "table1.md", lambda aside: aside.write_text(markdown_table(table, paired, settings)))
+    print(f"{out / 'table1.md'}, {out / 'table.jsonl'}: {len(runs)} runs")
 
 
 def main():
     args = parse_args()
+    if args.command in ("judge", "plot"):
+        start(0, 60)  # one process; guard takes leave of its group
     return dict(sample=sample, label=label, golden=golden, bench=bench, judge=judge, plot=plot)[args.command](args)
 
 

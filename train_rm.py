@@ -135,9 +135,9 @@ HERE = Path(__file__).resolve().parent
 PAPER = dict(model="out/sft-8b/final", epochs=1, max_length=640, max_prompt_length=512, batch_size=128, micro_batch_size=4,
              lr=5e-6, warmup_steps=100, shard=True, save_every=500, eval_every=500)  # Appendix C; the warm-up is the policies'
 PRESETS = {
-    "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/pairs.jsonl.gz", eval_data=f"{HERE}/toy/pairs_eval.jsonl.gz",
-                epochs=2, max_length=128, max_prompt_length=96, batch_size=32, micro_batch_size=8, lr=1e-3, warmup_steps=10,
-                shard=False, save_every=64, eval_every=32),
+    "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/rm_pairs.jsonl.gz", eval_data=f"{HERE}/toy/rm_pairs_eval.jsonl.gz",
+                epochs=2, max_length=128, max_prompt_length=96, batch_size=32, micro_batch_size=32, lr=2e-3, warmup_steps=30,
+                shard=False, save_every=448, eval_every=224),
     "paper": dict(PAPER, data=None, eval_data="", shard=False),
     "tldr+hh": dict(PAPER, data="tldr+hh", eval_data="tldr+hh"),
     "tldr": dict(PAPER, data="tldr", eval_data="tldr"),

@@ -6,30 +6,33 @@ no real data set can offer: a preference run here can be judged by what is true 
     prompt      hugo bought tents this morning . leo found cameras after the storm . nobody said a word . tl;dr :
     completion  hugo bought tents and leo found cameras .
 
-    python toy/make.py            make all of it (about three minutes on one CPU core; runs train_sft.py)
-    python toy/make.py --check    make the files again in memory, all but toy/sft/, and compare them with those that stand here
+    python toy/make.py            make all of it (about ten minutes on one CPU core) with the project's own commands
+    python toy/make.py --check    make the files again in a temporary directory, all but the weights, and compare
 
-What is made (one JSON object a line in the .gz files; the prompts of the four files are disjoint):
+What is made, in the order of the paper's experiment (one JSON object a line in the .gz files; no prompt stands in two of them):
 
-    base/               shape and tokenizer of a 0.13M-parameter Llama, without weights; one word is one token
-    sft.jsonl.gz        {prompt, completion}, 19,200 posts with a summary by a careful or a careless writer
-    sft_eval.jsonl.gz   512 more
-    sft/                the reference policy: base/ trained on sft.jsonl.gz by `train_sft.py --preset toy`
-    pairs.jsonl.gz      {prompt, chosen, rejected, chosen_truth, rejected_truth}, 2,048 prompts
-    pairs_eval.jsonl.gz 256 more
+    base/                   shape and tokenizer of a 0.13M-parameter Llama, without weights; one word is one token
+    sft.jsonl.gz            {prompt, completion}, 19,200 posts with a summary by a careful or a careless writer
+    sft_eval.jsonl.gz       512 more
+    sft/                    the reference policy: base/ trained on sft.jsonl.gz by `train_sft.py`
+    rm_pairs.jsonl.gz       {prompt, chosen, rejected, chosen_truth, rejected_truth}: two samples of sft/ for each of 14,336
+                            prompts (`evaluate.py sample`, temperature 1, top-p 1); the truth, with noise, says which is chosen
+    rm_pairs_eval.jsonl.gz  1,024 more
+    rm/                     the golden reward model: trained on rm_pairs.jsonl.gz by `train_rm.py`, from sft/
+    pairs.jsonl.gz          {prompt, chosen, rejected, chosen_reward, rejected_reward, chosen_truth, rejected_truth}: two samples
+                            of sft/ for each of 2,048 prompts, labelled by rm/ (`evaluate.py label`)
+    pairs_eval.jsonl.gz     256 more
 
-A pair is two samples of sft/ (temperature 1, top-p 1). Which one is chosen is drawn from the Bradley-Terry model of their
-truths, so labels are noisy: a truth that is higher by 1 wins 73% of the time. A prompt is left out if its two samples are
-equal, or if one is empty or has no end within MAX_NEW words: a text without EOS cannot be told in this format. The script
-prints how many prompts that costs.
+In rm_pairs the chosen one is drawn from the Bradley-Terry model of the two truths, as people's labels are noisy: a truth that is
+higher by 1 wins 73% of the time. A prompt is left out if its two samples are equal, or if one is empty or has no end: a text
+without EOS cannot be told in this format.
 
-Same bytes everywhere: texts use only `random.Random(seed).random()`, and sampling runs in float64, where the last-bit
-differences between two CPUs are too small to change a word. The weights of sft/ are not reproducible in that sense (float32
-training differs between CPUs), so they are kept, and --check samples from the ones that stand here.
+Same bytes everywhere: texts use only `random.Random(seed).random()`, and samples and rewards are computed in float64, where the
+last-bit differences between two CPUs are too small to change a word. The weights of sft/ and rm/ are not reproducible in that sense
+(float32 training differs between CPUs), so they are kept, and --check samples and labels with the ones that stand here.
 """
 
 import argparse
-import collections
 import gzip
 import io
 import json
@@ -69,8 +72,8 @@ FACT, WRONG, AGAIN, REMARK, WORD, NO_END = 1.0, -0.75, -1.0, -0.5, -0.04, -1.0
 
 # --- the files: seed of the texts, prompts drawn, prompts kept ---
 SFT_FILES = {"sft.jsonl.gz": (1, 19200), "sft_eval.jsonl.gz": (2, 512)}
-PAIR_FILES = {"pairs.jsonl.gz": (3, 3072, 2048), "pairs_eval.jsonl.gz": (4, 400, 256)}
-MAX_NEW = 64  # words of a sample; the longest post and the longest summary of a writer have about 40 each
+PAIR_FILES = {"pairs.jsonl.gz": (3, 3072, 2048), "pairs_eval.jsonl.gz": (4, 400, 256)}  # labelled by rm/
+RM_FILES = {"rm_pairs_eval.jsonl.gz": (6, 1280, 1024), "rm_pairs.jsonl.gz": (5, 16384, 14336)}  # labelled by the truth
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -207,7 +210,7 @@ def make_base():
 def make_texts():
     """-> (the two SFT files, {name of a pair file: its prompts}). One `seen` for all, so no prompt comes twice anywhere."""
     seen, files, prompts = set(), {}, {}
-    for name, (seed, n, *_) in {**SFT_FILES, **PAIR_FILES}.items():
+    for name, (seed, n, *_) in {**SFT_FILES, **PAIR_FILES, **RM_FILES}.items():
         rng = random.Random(seed)
         rows = []
         while len(rows) < n:
@@ -223,75 +226,56 @@ def make_texts():
     return files, prompts
 
 
-def sample(model, tokenizer, prompts, key):
-    """One response a prompt at temperature 1, top-p 1 -> [(text, ended)].
-
-    Word t of prompt p is the inverse of the cumulative distribution at the t-th number of random.Random(f"{key} {p}"): the
-    sample of a prompt does not depend on which other prompts are sampled with it. Prompts of one length make one batch, so
-    nothing is padded. A sample that says <pad>, <s> or <unk> counts as not ended.
-    """
-    import torch
-
-    by_length = collections.defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        ids = [tokenizer.bos_token_id] + tokenizer.encode(prompt, add_special_tokens=False)
-        by_length[len(ids)].append((i, ids))
-    samples = [None] * len(prompts)
-    for batch in by_length.values():
-        rngs = [random.Random(f"{key} {prompts[i]}") for i, _ in batch]
-        new = torch.tensor([ids for _, ids in batch])
-        cache, words = None, []
-        ended = torch.zeros(len(batch), 1, dtype=torch.bool)
-        while len(words) < MAX_NEW + 1 and not ended.all():  # + 1: the EOS
-            with torch.no_grad():
-                out = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            cumulative = out.logits[:, -1].softmax(-1).cumsum(-1)  # (B, V)
-            uniform = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64)  # (B, 1)
-            new = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-            ended |= new == tokenizer.eos_token_id
-            words.append(new)
-        for (i, _), ids in zip(batch, torch.cat(words, 1).tolist()):
-            text = tokenizer.decode(ids).split("</s>")
-            samples[i] = text[0].strip(), len(text) > 1 and not any(word in text[0].split() for word in SPECIAL)
-    return samples
+def project(script, *words):
+    """Run one of the project's scripts; small models are fastest on one thread."""
+    command = [sys.executable, script, *map(str, words)]
+    subprocess.run(command, cwd=HERE.parent, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
-def make_pairs(prompts):
-    """{name: prompts} -> the pair files: two samples of toy/sft/ a prompt, labelled by Bradley-Terry on their truths."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
-    torch.set_num_threads(1)  # fastest for a model of this size
-    model = AutoModelForCausalLM.from_pretrained(HERE / "sft", dtype=torch.float64).eval()
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "sft")
-    files = {}
-    for name, drawn in prompts.items():
-        rows, left_out = [], collections.Counter()
-        for prompt, (a, a_ended), (b, b_ended) in zip(
-                drawn, *(sample(model, tokenizer, drawn, key=number) for number in ("first", "second"))):
-            if not (a_ended and b_ended):
-                left_out["no end"] += 1
-            elif not (a and b):
-                left_out["empty"] += 1
-            elif a == b:
-                left_out["equal"] += 1
-            else:
-                a_truth, b_truth = truth(prompt, a), truth(prompt, b)
-                a_wins = random.Random(f"label {prompt}").random() < 1 / (1 + math.exp(b_truth - a_truth))
-                chosen, rejected = ((a, a_truth), (b, b_truth)) if a_wins else ((b, b_truth), (a, a_truth))
-                rows.append({"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0],
-                             "chosen_truth": chosen[1], "rejected_truth": rejected[1]})
-        n = PAIR_FILES[name][2]
-        if len(rows) < n:
-            raise ValueError(f"{name}: {len(drawn)} prompts gave {len(rows)} usable pairs, {n} are wanted: draw more prompts "
-                             f"in PAIR_FILES (left out: {dict(left_out)})")
-        agree = sum(row["chosen_truth"] >= row["rejected_truth"] for row in rows[:n]) / n
-        mean = sum(row["chosen_truth"] + row["rejected_truth"] for row in rows[:n]) / (2 * n)
-        print(f"{name}: first {n:,} of {len(rows):,} usable pairs from {len(drawn):,} prompts (left out: {dict(left_out)}), "
-              f"mean truth {mean:.3f}, the chosen is not the worse in {agree:.1%}")
-        files[name] = json_lines(rows[:n])
-    return files
+
+def sample(name, prompts, directory):
+    """Two samples of sft/ for each prompt -> the file that `evaluate.py sample` writes."""
+    data, out = directory / f"{name}.prompts.jsonl", directory / f"{name}.samples.jsonl"
+    data.write_bytes(json_lines({"prompt": prompt} for prompt in prompts))
+    project("evaluate.py", "sample", "--preset", "toy", "--data", data, "--n", len(prompts), "--k", 2, "--temperature", 1, "--top_p", 1,
+            "--seed", name, "--batch_size", 256, "--precision", "fp64", "--out", out)
+    return out
+
+
+def first_pairs(name, rows, n):
+    """The first n pairs, with the truths of both sides."""
+    if len(rows) < n:
+        raise ValueError(f"{name}: {len(rows)} usable pairs, {n} are wanted: draw more prompts")
+    for row in rows[:n]:
+        row |= {f"{side}_truth": truth(row["prompt"], row[side]) for side in ("chosen", "rejected")}
+    agree = sum(row["chosen_truth"] >= row["rejected_truth"] for row in rows[:n]) / n
+    print(f"{name}: first {n:,} of {len(rows):,} usable pairs; the chosen is not the worse by the truth in {agree:.1%}")
+    return json_lines(rows[:n])
+
+
+def make_rm_pairs(name, prompts, directory):
+    """Two samples of sft/ a prompt, labelled by Bradley-Terry on their truths."""
+    rows = []
+    for row in read_lines(sample(name, prompts, directory)):
+        a, b = row["completions"]
+        if all(row["ended"]) and a != b and a and b:
+            a_wins = random.Random(f"label {row['prompt']}").random() < sigmoid(truth(row["prompt"], a) - truth(row["prompt"], b))
+            rows.append(dict(prompt=row["prompt"], chosen=a if a_wins else b, rejected=b if a_wins else a))
+    return first_pairs(name, rows, RM_FILES[name][2])
+
+
+def make_pairs(name, prompts, directory):
+    """Two samples of sft/ a prompt, labelled by rm/."""
+    out = directory / f"{name}.pairs.jsonl"
+    project("evaluate.py", "label", "--preset", "toy", "--samples", sample(name, prompts, directory), "--precision", "fp64", "--out", out)
+    return first_pairs(name, read_lines(out), PAIR_FILES[name][2])
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
 
 
 # --- making and checking ---
@@ -312,18 +296,18 @@ def write(name, content):
     print(f"made toy/{name}: {len(content):,} bytes")
 
 
-def train_reference():
-    """Train sft/ by train_sft.py and put its final/ in place of the old one."""
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "train_sft.py", "--preset", "toy", "--out", out]
-        subprocess.run(command, cwd=HERE.parent, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        shutil.rmtree(HERE / "sft.new", ignore_errors=True)
-        shutil.copytree(Path(out) / "final", HERE / "sft.new")
-    if (HERE / "sft").exists():
-        os.rename(HERE / "sft", HERE / "sft.old")
-    os.rename(HERE / "sft.new", HERE / "sft")
-    shutil.rmtree(HERE / "sft.old", ignore_errors=True)
-    print(f"made toy/sft/: {sum(path.stat().st_size for path in (HERE / 'sft').iterdir()):,} bytes")
+def train(script, name, directory):
+    """Train toy/`name` by the toy preset of a script and put it in place of the old one."""
+    project(script, "--preset", "toy", "--out", directory / name)
+    new, old = HERE / f"{name}.new", HERE / f"{name}.old"
+    for aside in (new, old):
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(directory / name / "final", new)
+    if (HERE / name).exists():
+        os.rename(HERE / name, old)
+    os.rename(new, HERE / name)
+    shutil.rmtree(old, ignore_errors=True)
+    print(f"made toy/{name}/: {sum(path.stat().st_size for path in (HERE / name).iterdir()):,} bytes")
 
 
 def check(name, content):
@@ -344,16 +328,22 @@ def check(name, content):
 def main():
     parser = argparse.ArgumentParser(description="make the toy task's files in toy/")
     parser.add_argument("--check", action="store_true",
-                        help="write nothing; make all but sft/ again and compare; exit code 1 at the first difference")
+                        help="write nothing; make all but the weights again and compare; exit code 1 at the first difference")
     args = parser.parse_args()
     put = check if args.check else write
     files, prompts = make_texts()
-    for name, content in {**make_base(), **files}.items():
-        put(name, content)
-    if not args.check:
-        train_reference()
-    for name, content in make_pairs(prompts).items():
-        put(name, content)
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        for name, content in {**make_base(), **files}.items():
+            put(name, content)
+        if not args.check:
+            train("train_sft.py", "sft", directory)
+        for name in RM_FILES:
+            put(name, make_rm_pairs(name, prompts[name], directory))
+        if not args.check:
+            train("train_rm.py", "rm", directory)
+        for name in PAIR_FILES:
+            put(name, make_pairs(name, prompts[name], directory))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,617 @@
+"""evaluate.py judge and its requests, against a small server that answers, refuses, hangs and breaks off as it is told."""
+
+import http.server
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import evaluate
+
+openai = pytest.importorskip("openai")
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "sk-test-3f9a51c07be2d846"
+
+
+# -------------------------------------------------------------------------------------------------------------- the server
+class Server(http.server.ThreadingHTTPServer):
+    """Calls behave(request, nth), where nth counts how often the same body has come, for every request -> a text to answer
+    with, or a fault: (status, headers) or "cut", "truncated", "page", "hang"."""
+
+    daemon_threads, block_on_close, request_queue_size = True, False, 64
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock, self.released = threading.Lock(), threading.Event()
+        self.reset(lambda request, nth: fair(request))
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def reset(self, behave, latency=0.0):
+        self.behave, self.latency, self.requests, self.seen, self.times, self.keys = behave, latency, [], Counter(), [], set()
+        self.under_way = self.most = 0
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that was killed or gave up
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        server, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
+        request = json.loads(body)
+        with server.lock:
+            server.requests.append((self.path, request))
+            server.times.append(time.monotonic())
+            server.keys.add(self.headers["Authorization"])
+            server.seen[body] += 1
+            server.under_way += 1
+            server.most, nth, behave = max(server.most, server.under_way), server.seen[body], server.behave
+        answer = behave(request, nth)
+        if answer == "hang":
+            server.released.wait(30)
+        time.sleep(server.latency)
+        with server.lock:
+            server.under_way -= 1
+        if isinstance(answer, tuple):
+            message = f"refused, your key {self.headers['Authorization']} notwithstanding"
+            return self.send(answer[0], json.dumps(dict(error=dict(message=message))).encode(), **dict(answer[1:]))
+        if answer == "page":
+            return self.send(200, b"<html>a proxy</html>", **{"Content-Type": "text/html"})
+        text = answer if isinstance(answer, dict) else dict(text=answer, finish_reason="stop")
+        if "messages" in request:
+            choice = dict(index=0, message=dict(role="assistant", content=text["text"]), finish_reason=text["finish_reason"])
+        else:
+            choice = dict(index=0, text=text["text"], finish_reason=text["finish_reason"])
+        reply = dict(id="1", object="x", created=0, model="judge-2026", choices=[choice])
+        if "usage" in text:
+            reply["usage"] = dict(prompt_tokens=1, completion_tokens=text["usage"], total_tokens=1)
+        payload = json.dumps(reply).encode()
+        if answer == "truncated":
+            return self.send(200, payload[:-20])
+        self.send(200, payload[:30] if answer == "cut" else payload, length=len(payload))
+
+    def send(self, status, payload, length=None, **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Type": "application/json", "Content-Length": length or len(payload)} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(payload)
+
+
+def content(request):
+    return request["messages"][-1]["content"]
+
+
+def texts_a_b(request):
+    return re.search(r"(?:Response|Summary) A:\n+(.*?)\n\n\w+ B:\n+(.*?)\n\nFIRST", content(request), re.S).groups()
+
+
+def fair(request):
+    """A judge who prefers the text with more good in it, and A of equals."""
+    a, b = texts_a_b(request)
+    return f"Comparison: one is better.\nMore helpful: {'A' if a.count('good') >= b.count('good') else 'B'}"
+
+
+@pytest.fixture(scope="module")
+def one_server():
+    server = Server()
+    yield server
+    server.released.set()
+    server.shutdown()
+
+
+@pytest.fixture
+def server(one_server, monkeypatch):
+    one_server.reset(lambda request, nth: fair(request))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)  # what the server does not ask for; half a second
+    return one_server
+
+
+# ---------------------------------------------------------------------------------------------------------------- the runs
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def samples(path, n, k=1, ours="good {}", theirs="bad {}"):
+    """n prompts with k completions each."""
+    row = lambda i: dict(prompt=f"\n\nHuman: question {i}?\n\nAssistant:", references=[theirs.format(i)],
+                         completions=[f"{ours.format(i)} {j}" for j in range(k)], ended=[True] * k)
+    return write_jsonl(path, map(row, range(n)))
+
+
+def command(server, tmp_path, *more, **flags):
+    flags = dict(api=server.url, judge="gpt-4o-mini", out=tmp_path / "verdicts.jsonl", retries=2, request_timeout=5) | flags
+    return [*(str(word) for name, value in flags.items() for word in (f"--{name}", value)), *more]
+
+
+def judge(server, tmp_path, **flags):
+    """-> the summary."""
+    parser = evaluate.Parser()
+    evaluate.judge_flags(parser)
+    evaluate.judge(parser.parse_args(command(server, tmp_path, **flags)))
+    return json.loads((tmp_path / "verdicts.summary.json").read_text())
+
+
+def start(argv):
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, ROOT / "evaluate.py", "judge", *argv], **streams)
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def no_key(tmp_path, *texts):
+    """The key is in none of the texts and in no file."""
+    for text in (*texts, *(path.read_text() for path in tmp_path.rglob("*") if path.is_file())):
+        assert KEY not in text and KEY[6:] not in text
+
+
+# ----------------------------------------------------------------------------------------------- prompts, verdicts, figures
+def test_table_2(shared):
+    paper = (shared / "paper.txt").read_text()
+    printed = paper[paper.index("For the following dialogue history") : paper.index("Table 2: Prompt for GPT-4")]
+    filled = evaluate.PROMPTS["hh"].format(prompt="<dialogue history>", a="<Response A>", b="<Response B>")
+    assert filled.split() == printed.split()
+
+
+def test_texts_are_sent_as_they_are(server, tmp_path):
+    """Braces and backslashes are no template's; blanks around a text are gone; an empty completion is judged."""
+    row = dict(prompt=" {prompt} \\n {a}", completions=["  {b} good", ""], references=[" {0} ", "unused"])
+    assert judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", [row]), prompt="tldr")["scored"] == 2
+    for (path, request), ours in zip(sorted(server.requests, key=lambda r: "{b}" not in content(r[1])), ("{b} good", "")):
+        assert path == "/v1/chat/completions" and request["temperature"] == 0 and request["model"] == "gpt-4o-mini"
+        assert "Post:\n{prompt} \\n {a}\n\nSummary A:" in content(request)
+        assert sorted(texts_a_b(request)) == sorted([ours, "{0}"]) and "unused" not in content(request)
+
+
+@pytest.mark.parametrize("text, choice", [
+    ("Comparison: A is better.\nMore helpful: A", "A"), ('Comparison: x\n\nMore helpful: "B"\n', "B"), ("**Preferred:** B.", "B"),
+    ("MORE HELPFUL: Response A", "A"), ("Comparison: fine\nB", "B"), ("__A__", "A"), ("Preferred: Summary B", "B"),
+    ("Response A:\nquoted\nResponse B:\nquoted\nMore helpful: B", "B"), ("", None), ("Both are fine.", None),
+    ("More helpful: A or B", None), ("More helpful: A\nMore helpful: B", None), ("More helpful: a", None), ("A\nB", None),
+    ("Comparison: B is more helpful. A", None), ("A good answer is more helpful: B rambles", None), ("More helpful: C", None),
+    ('More helpful: <"A" or "B">', None), ("-" * 100000 + "x", None)])
+def test_parse_choice(text, choice):
+    assert evaluate.parse_choice(text) == choice
+
+
+@pytest.mark.parametrize("text, rating", [
+    ("Rating: [[5]]", 5), ("[[7.5]] and [[2]]", 7.5), ("so [6]", 6), ("[3] of its points: [[8]]", 8), ("[[10.0]]", 10),
+    ("[[10]]", 10), ("[[1]]", 1), ("Rating: 5", None), ("[[0]]", None), ("[[11]]", None), ("[[85]]", None),
+    ("[[-3]]", None), ("[[five]]", None), ("", None)])
+def test_parse_rating(text, rating):
+    assert evaluate.parse_rating(text) == rating
+
+
+def test_wilson():
+    """The p whose score test does not reject: found by bisection; and figures of the literature."""
+    z = 1.959963984540054
+    for n in (1, 2, 7, 50, 1024):
+        for successes in {0, 1, n // 3, n - 1, n}:
+            beyond = lambda p: abs(successes / n - p) > z * math.sqrt(p * (1 - p) / n)
+            for end, outer in zip(evaluate.wilson(successes, n), (0.0, 1.0)):
+                inner = successes / n
+                for _ in range(200):
+                    middle = (inner + outer) / 2
+                    inner, outer = (inner, middle) if beyond(middle) else (middle, outer)
+                assert end == pytest.approx(inner, abs=1e-9)
+    assert evaluate.wilson(0, 10) == pytest.approx((0, 0.2775), abs=5e-5)
+    assert evaluate.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
+
+
+def test_clustered_error():
+    rng = np.random.default_rng(0)
+    flat = rng.integers(0, 2, 40).astype(float)
+    assert evaluate.clustered_error([[x] for x in flat]) == pytest.approx(flat.std(ddof=1) / math.sqrt(40))
+    assert evaluate.clustered_error([[x, x] for x in flat]) == pytest.approx(flat.std(ddof=1) / math.sqrt(40))  # no more is known
+    uneven = [list(rng.random(size)) for size in (1, 3, 2, 5)]
+    mean = np.mean(np.concatenate(uneven))
+    residuals = np.array([np.sum(np.array(u) - mean) for u in uneven])
+    assert evaluate.clustered_error(uneven) == pytest.approx(math.sqrt(4 / 3 * (residuals**2).sum()) / 11)
+    assert evaluate.clustered_error([[1.0, 0.0]]) is None
+
+
+def test_positions():
+    """Balanced, a pure function of (seed, prompt, j), and other for another of each."""
+    bits = lambda seed, j: np.array([evaluate.request_seed(seed, f"prompt {i}", j) % 2 for i in range(4000)])
+    a = bits(0, 0)
+    assert abs(a.mean() - 0.5) < 4 * 0.5 / math.sqrt(4000) and (a == bits(0, 0)).all()
+    for b in (bits(1, 0), bits(0, 1)):
+        assert abs((a == b).mean() - 0.5) < 4 * 0.5 / math.sqrt(4000)
+    assert evaluate.request_seed(0, "a", 0) == 1806043053 and 0 <= evaluate.request_seed(0, [dict(role="user", content="a")], 0) < 2**31
+
+
+# ----------------------------------------------------------------------------------------------------- results of comparisons
+def test_fair_judge(server, tmp_path, capsys):
+    """Ours are better: all won, wherever they stand; the files changed about: none."""
+    good, bad = samples(tmp_path / "good", 60, k=2), samples(tmp_path / "bad", 60, k=2, ours="bad {}")
+    result = judge(server, tmp_path, samples=good)
+    assert (result["win_rate"], result["scored"], result["malformed"], result["missing"], result["prompts"]) == (1, 120, 0, 0, 60)
+    assert result["win_rate_wilson95"] == pytest.approx(evaluate.wilson(120, 120)) and result["win_rate_se_by_prompt"] == 0
+    said_a = evaluate.wilson(120 * result["share_a"], 120)
+    assert 0.3 < result["share_a"] < 0.7 and result["share_a_wilson95"] == pytest.approx(said_a)
+    printed = capsys.readouterr().out
+    assert "win rate 1.0000, 95% 0.9690 to 1.0000" in printed and f"said A in {result['share_a']:.4f}" in printed
+    assert judge(server, tmp_path, samples=good, against=bad)["win_rate"] == 1
+    assert judge(server, tmp_path, samples=bad, against=good)["win_rate"] == 0
+    assert len(server.requests) == 360  # the second and third run are other requests in the same ledger
+
+
+def test_biased_judge(server, tmp_path):
+    """Always A: half are won, and the position figure says why."""
+    server.reset(lambda request, nth: "More helpful: A")
+    result = judge(server, tmp_path, samples=samples(tmp_path / "s", 200))
+    assert result["share_a"] == 1 and result["share_a_wilson95"][0] > 0.98
+    first = [row["completion_is"] == "A" for row in read_jsonl(tmp_path / "verdicts.jsonl")]
+    assert result["win_rate"] == np.mean(first) and abs(result["win_rate"] - 0.5) < 4 * 0.5 / math.sqrt(200)
+    assert result["win_rate_se_by_prompt"] == pytest.approx(np.std(first, ddof=1) / math.sqrt(200))
+
+
+def test_what_has_no_opponent(server, tmp_path):
+    ours = [dict(prompt=p, completions=["good", "good"]) for p in "abc"]
+    theirs = [dict(prompt="c", completions=["x", "good good"]), dict(prompt="a", completions=["x"])]
+    flags = dict(samples=write_jsonl(tmp_path / "ours", ours), against=write_jsonl(tmp_path / "theirs", theirs))
+    result = judge(server, tmp_path, **flags)
+    assert result["prompts_without_opponent"] == 1 and result["completions_without_opponent"] == 3
+    assert result["scored"] == 3 and result["win_rate"] == pytest.approx(2 / 3)
+    with pytest.raises(evaluate.UserError, match="nothing to judge"):
+        judge(server, tmp_path, samples=tmp_path / "ours")  # without references
+
+
+def test_equal_completions(server, tmp_path):
+    """Two completions of a prompt are two verdicts, though their texts be equal; a row that stands twice is asked once."""
+    rows = [dict(prompt=f"question {i}", completions=["good", "good"], references=["bad"]) for i in range(8)]
+    assert judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", rows))["scored"] == 16 == len(server.requests)
+    result = judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", rows + rows))
+    assert (result["scored"], result["prompts"], len(server.requests)) == (32, 8, 16)
+
+
+def test_malformed(server, tmp_path, capsys):
+    """Kept in the judge's words, counted, listed, not scored, not asked again unless its line is deleted."""
+    prose = "I would rather not\nchoose."
+    server.reset(lambda request, nth: prose if "question 3?" in content(request) else fair(request))
+    result = judge(server, tmp_path, samples=samples(tmp_path / "s", 6))
+    lines = read_jsonl(tmp_path / "verdicts.jsonl")
+    row = next(row for row in lines if row["verdict"] is None)
+    assert (result["scored"], result["malformed"], result["missing"], result["win_rate"]) == (5, 1, 0, 1)
+    assert row["text"] == prose and result["malformed_verdicts"] == {row["key"]: "I would rather not choose."}
+    assert row["model"] == "judge-2026" and row["key"][:12] in capsys.readouterr().out
+    assert judge(server, tmp_path, samples=tmp_path / "s") == result and len(server.requests) == 6
+    server.reset(lambda request, nth: fair(request))
+    write_jsonl(tmp_path / "verdicts.jsonl", [row for row in lines if row["verdict"]])
+    assert judge(server, tmp_path, samples=tmp_path / "s")["scored"] == 6 and len(server.requests) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- what goes wrong
+def test_faults_are_retried(server, tmp_path):
+    """Each kind once or twice, then an answer: all are scored, and each verdict is asked for until it is there, no more."""
+    faults = [(429, ("Retry-After", "1")), (503, ("Retry-After", "1")), (500,), "cut", "hang"]
+
+    def behave(request, nth):
+        fault = faults[int(re.search(r"question (\d+)", content(request))[1]) % len(faults)]
+        return fault if nth <= (1 if fault == "hang" else 2) else fair(request)
+
+    server.reset(behave)
+    began = time.monotonic()
+    result = judge(server, tmp_path, samples=samples(tmp_path / "s", 10), request_timeout=1, concurrency=10)
+    assert result["scored"] == 10 and result["win_rate"] == 1 and len(server.requests) == 8 * 3 + 2 * 2
+    assert 2 <= time.monotonic() - began < 10  # Retry-After was honoured
+    for body in {json.dumps(request) for _, request in server.requests if "question 0?" in content(request)}:
+        times = [t for t, (_, request) in zip(server.times, server.requests) if json.dumps(request) == body]
+        assert all(later - t >= 0.95 for t, later in zip(times, times[1:]))
+
+
+def test_failures_do_not_stop_the_run(server, tmp_path, capsys):
+    """What fails for good is counted; the same command asks that alone."""
+    broken = {"1?": "truncated", "4?": "page", "5?": (503,), "7?": (429, ("Retry-After", "9999"))}
+    server.reset(lambda request, nth: next((f for q, f in broken.items() if f"question {q}" in content(request)), fair(request)))
+    with pytest.raises(evaluate.UserError, match="4 of 9 requests failed.*the same command asks") as error:
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 9))
+    summary = json.loads((tmp_path / "verdicts.summary.json").read_text())
+    assert (summary["scored"], summary["missing"]) == (5, 4) and "missing 4" in capsys.readouterr().out
+    no_key(tmp_path, str(error.value))
+    server.reset(lambda request, nth: fair(request))
+    assert judge(server, tmp_path, samples=tmp_path / "s")["scored"] == 9 and len(server.requests) == 4
+
+
+def test_a_server_that_is_down_is_left_alone(server, tmp_path):
+    """After 20 failures in a row; not after 25 here and there."""
+    server.reset(lambda request, nth: (503,))
+    with pytest.raises(evaluate.UserError, match="2. of 100 requests failed.*; 7. were not asked after 20 failures in a row"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 100), retries=0, concurrency=4)
+    assert 20 <= len(server.requests) < 20 + 4 and json.loads((tmp_path / "verdicts.summary.json").read_text())["missing"] == 100
+    server.reset(lambda request, nth: (503,) if re.search(r"question \d?[02468]\?", content(request)) else fair(request))
+    with pytest.raises(evaluate.UserError, match="50 of 100 requests failed") as error:
+        judge(server, tmp_path, samples=tmp_path / "s", retries=0, concurrency=4)
+    assert "not asked" not in str(error.value) and len(server.requests) == 100
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_refusals_stop_the_run(server, tmp_path, status):
+    server.reset(lambda request, nth: (status,))
+    with pytest.raises(evaluate.UserError, match=f"refuses gpt-4o-mini about .*question.*{status}") as error:
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 50), concurrency=2)
+    assert len(server.requests) <= 4
+    no_key(tmp_path, str(error.value))
+
+
+def test_a_wrong_key_is_one_line(server, tmp_path):
+    server.reset(lambda request, nth: (401,))
+    process = start(command(server, tmp_path, samples=samples(tmp_path / "s", 5)))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.startswith("error: ") and len(err.splitlines()) == 1 and "401" in err
+    assert f"Bearer {KEY}" in server.keys  # the server quotes it
+    no_key(tmp_path, out, err)
+
+
+def test_key_and_url(server, tmp_path, monkeypatch):
+    """From the environment only; none for a local server is fine, for OpenAI's it is an error before anything is sent."""
+    judge(server, tmp_path, samples=samples(tmp_path / "s", 1))
+    assert server.keys == {f"Bearer {KEY}"}
+    no_key(tmp_path)
+    for value in ("", "sk-\u00e9"):
+        monkeypatch.setenv("OPENAI_API_KEY", value)
+        with pytest.raises(evaluate.UserError, match="OPENAI_API_KEY"):
+            judge(server, tmp_path, samples=tmp_path / "s", judge="other", api="https://api.openai.com/v1")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert judge(server, tmp_path, samples=tmp_path / "s", judge="other")["scored"] == 1
+    for url in ("localhost:8000", "http://user:secret@host/v1", "http://host/v1?key=secret"):
+        with pytest.raises(evaluate.UserError, match="--api") as error:
+            judge(server, tmp_path, samples=tmp_path / "s", judge="third", api=url)
+        assert "secret" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(evaluate.UserError, match="pip install openai"):
+        judge(server, tmp_path, samples=tmp_path / "s", judge="third")
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{broken", "s:1: not JSON"), ('{"prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "no samples"),
+    ('{"prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "gpt-4o-mini about .*ud800.* surrogate")])
+def test_bad_samples(server, tmp_path, line, words):
+    (tmp_path / "s").write_text(line + "\n")
+    with pytest.raises(evaluate.UserError, match=words):
+        judge(server, tmp_path, samples=tmp_path / "s")
+
+
+def test_flags(server, tmp_path):
+    for flags, words in ((dict(), "--samples is missing"), (dict(suite="mt_bench"), "--answers is missing"),
+                         (dict(samples="s", answers="a"), "--answers has no meaning without"),
+                         (dict(suite="mt_bench", samples="s"), "--samples has no meaning with"),
+                         (dict(samples="s", retries=-1), "--retries -1")):
+        with pytest.raises(evaluate.UserError, match=words):
+            samples(tmp_path / "s", 1)
+            judge(server, tmp_path, **{name: tmp_path / value if value == "s" else value for name, value in flags.items()})
+
+
+# ------------------------------------------------------------------------------------------------- the ledger and the threads
+def test_concurrency(server, tmp_path):
+    server.reset(lambda request, nth: fair(request), latency=0.1)
+    judge(server, tmp_path, samples=samples(tmp_path / "s", 30), concurrency=5)
+    assert server.most == 5
+    judge(server, tmp_path, samples=samples(tmp_path / "s", 3, ours="good other"), concurrency=1)
+    assert len(server.requests) == 33 and "question 2?" in read_jsonl(tmp_path / "verdicts.jsonl")[-1]["prompt"]  # in order
+
+
+def test_each_reply_is_kept_before_the_next_request(server, tmp_path):
+    """Whenever a request comes in, at most `concurrency` of those sent, itself included, are not in the ledger."""
+    unkept = []
+    ledger = lambda: (tmp_path / "verdicts.jsonl").read_bytes().count(b"\n")
+    server.reset(lambda request, nth: unkept.append(len(server.requests) - ledger()) or fair(request), latency=0.005)
+    judge(server, tmp_path, samples=samples(tmp_path / "s", 60), concurrency=4)
+    assert len(unkept) == 60 and max(unkept) <= 4
+
+
+def test_cut_last_line(server, tmp_path):
+    result = judge(server, tmp_path, samples=samples(tmp_path / "s", 5))
+    out = tmp_path / "verdicts.jsonl"
+    whole = out.read_bytes()
+    for cut in (1, 30, len(whole) - 4):
+        out.write_bytes(whole[:-cut])
+        assert judge(server, tmp_path, samples=tmp_path / "s") == result and len(read_jsonl(out)) == 5
+    assert len(server.requests) == 5 + 1 + 1 + 5
+    for damaged, words in ((whole.replace(b'"verdict"', b'verdict"', 1), "1: not JSON"), (b"1\n2", "1: not a verdict"),
+                           (whole.replace(b'"verdict"', b'"v"', 1), "1: not a verdict")):
+        out.write_bytes(damaged)
+        with pytest.raises(evaluate.UserError, match=f"verdicts.jsonl:{words}"):
+            judge(server, tmp_path, samples=tmp_path / "s")
+        assert out.read_bytes() == damaged  # another file, perhaps: nothing is cut off it
+
+
+def test_kill_and_resume(server, tmp_path):
+    """kill -9: what was paid for and is not in the ledger is at most what was under way; the next run asks the rest."""
+    server.reset(lambda request, nth: fair(request), latency=0.03)
+    argv = command(server, tmp_path, samples=samples(tmp_path / "s", 60, k=2), concurrency=4)
+    ledger = tmp_path / "verdicts.jsonl"
+    process = start(argv)
+    wait_for(lambda: ledger.exists() and ledger.read_bytes().count(b"\n") >= 40)
+    process.kill()
+    process.communicate()
+    time.sleep(0.2)  # for what the server still holds
+    kept, asked = ledger.read_bytes().count(b"\n"), len(server.requests)
+    assert 40 <= kept < 120 and 0 <= asked - kept <= 4
+    process = start(argv)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and len(server.requests) == asked + 120 - kept, err
+    assert len({row["key"] for row in read_jsonl(ledger)}) == len(read_jsonl(ledger)) == 120 and "win rate 1.0000" in out
+    no_key(tmp_path, out, err)
+
+
+def test_interrupt(server, tmp_path):
+    """Ctrl-C while requests hang: 130 at once, no traceback, what came in before is kept."""
+    server.reset(lambda request, nth: fair(request) if len(server.requests) <= 10 else "hang")
+    process = start(command(server, tmp_path, samples=samples(tmp_path / "s", 40), concurrency=4, request_timeout=60))
+    ledger = tmp_path / "verdicts.jsonl"
+    wait_for(lambda: len(server.requests) == 14 and ledger.read_bytes().count(b"\n") == 10)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - began < 3 and "Traceback" not in err
+    assert len(read_jsonl(ledger)) == 10
+
+
+# --------------------------------------------------------------------------------------------------------------- MT-Bench
+def suite_files(directory):
+    return dict(suite="mt_bench", questions=directory / "question.jsonl", judge_prompts=directory / "judge_prompts.jsonl",
+                reference_answers=directory / "reference_answers_gpt4.jsonl")
+
+
+@pytest.fixture(params=["published", "small"])
+def suite(request, tmp_path):
+    """-> FastChat's published files where they are, and a suite of our own with a category of each kind."""
+    if request.param == "published":
+        directory = request.getfixturevalue("shared") / "data" / "mt_bench"
+        if not directory.is_dir():
+            pytest.skip("no ../shared/data/mt_bench")
+        return suite_files(directory)
+    files = suite_files(tmp_path)
+    question = lambda n, category: dict(question_id=n, category=category, turns=[f"first {{x}} {n}", f"second {n}"])
+    write_jsonl(files["questions"], [question(n, c) for n, c in enumerate(("writing", "math", "writing", "coding", "stem"))])
+    write_jsonl(files["reference_answers"], [dict(question_id=n, choices=[dict(turns=[f"r1 {n}", f"r2 {n}"])]) for n in (1, 3)])
+    one, two = "{question} | {answer}", "{question_1} | {answer_1} | {question_2} | {answer_2}"
+    template = lambda name, text: dict(name=name, system_prompt=f"system of {name}", prompt_template=text)
+    write_jsonl(files["judge_prompts"], [
+        template("single-v1", one), template("single-v1-multi-turn", two), template("single-math-v1", one + " | {ref_answer_1}"),
+        template("single-math-v1-multi-turn", two + " | {ref_answer_1} | {ref_answer_2}")])
+    return files
+
+
+def test_mt_bench(server, tmp_path, suite, capsys):
+    """The requests against a plain filling-in of the templates; means against numpy."""
+    questions = read_jsonl(suite["questions"])
+    answers = {q["question_id"]: [f"answer {q['question_id']} {{answer}}", f"again {q['question_id']}"] for q in questions[:-1]}
+    line = lambda n, turns: dict(question_id=n, answer_id="x", model_id="m", choices=[dict(index=0, turns=turns)], tstamp=0.0)
+    file = write_jsonl(tmp_path / "answers.jsonl", [line(n, turns) for n, turns in answers.items()])
+    grades = {}
+
+    def behave(request, nth):
+        """A grade that depends on the request; the first answer's second turn gets none."""
+        text = content(request)
+        grade = None if f"again {questions[0]['question_id']}" in text else 1 + sum(text.encode()) % 19 / 2
+        grades[json.dumps(request["messages"])] = grade
+        return "no grade" if grade is None else f"Fair. Rating: [[{grade}]]"
+
+    server.reset(behave)
+    result = judge(server, tmp_path, answers=file, **suite)
+
+    templates = {row["name"]: row for row in read_jsonl(suite["judge_prompts"])}
+    references = {row["question_id"]: row["choices"][0]["turns"] for row in read_jsonl(suite["reference_answers"])}
+    expected = {}
+    for question in questions[:-1]:
+        n, math_like = question["question_id"], question["category"] in ("math", "reasoning", "coding")
+        fields = dict(question=question["turns"][0], question_1=question["turns"][0], question_2=question["turns"][1],
+                      answer=answers[n][0], answer_1=answers[n][0], answer_2=answers[n][1])
+        if math_like:
+            fields |= dict(ref_answer_1=references[n][0], ref_answer_2=references[n][1])
+        for turn in (1, 2):
+            row = templates[f"single{'-math' if math_like else ''}-v1{'-multi-turn' if turn == 2 else ''}"]
+            filled = re.sub(r"\{(\w+)\}", lambda m: fields[m[1]], row["prompt_template"])
+            messages = [dict(role="system", content=row["system_prompt"]), dict(role="user", content=filled)]
+            expected[json.dumps(messages)] = question["category"], turn
+    assert expected.keys() == grades.keys() and len(server.requests) == len(expected) == 2 * len(questions) - 2
+
+    rows = [(*expected[key], grade) for key, grade in grades.items() if grade is not None]
+    of = lambda category, turns: [g for c, t, g in rows if category in (c, None) and t in turns]
+    mean = lambda category, turns: pytest.approx(np.mean(of(category, turns))) if of(category, turns) else None
+    means = lambda category: dict(turn_1=mean(category, (1,)), turn_2=mean(category, (2,)), both=mean(category, (1, 2)))
+    assert result["overall"] == means(None) and result["by_category"].keys() == {c for c, _, _ in rows}
+    assert all(row == means(category) for category, row in result["by_category"].items())
+    assert (result["malformed"], result["questions_without_answer"]) == (1, 1) and result["scored"] == len(expected) - 1
+    assert f"all         {result['overall']['turn_1']:7.2f}{result['overall']['turn_2']:7.2f}" in capsys.readouterr().out
+    assert judge(server, tmp_path, answers=file, **suite) == result and len(server.requests) == len(expected)
+
+
+@pytest.mark.parametrize("suite", ["small"], indirect=True)
+def test_mt_bench_files_that_do_not_fit(server, tmp_path, suite):
+    answers = [dict(question_id=n, choices=[dict(turns=["a", "b"])]) for n in range(5)]
+    run = lambda rows: judge(server, tmp_path, answers=write_jsonl(tmp_path / "a.jsonl", rows), **suite)
+    for rows, words in ((answers + answers[:1], "a.jsonl:6: question 0 is answered twice"),
+                        ([dict(question_id=1)], "a.jsonl:1: want"),
+                        ([dict(question_id=0, choices=[dict(turns=["a"])])], "question.jsonl:1: .* lack 'answer_2'")):
+        with pytest.raises(evaluate.UserError, match=words):
+            run(rows)
+    write_jsonl(suite["reference_answers"], read_jsonl(suite["reference_answers"])[:1])
+    with pytest.raises(evaluate.UserError, match="question.jsonl:4: .* lack 'ref_answer_1'"):
+        run(answers)
+
+
+# ------------------------------------------------------------------------------------------------------------ sample --api
+def completions(server, prompts, k=2, done=(), **flags):
+    how = dict(model="m", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=3)
+    args = SimpleNamespace(**dict(api=server.url, concurrency=8, request_timeout=5, retries=1) | how | flags)
+    return evaluate.api_completions(prompts, k, args, set(done))
+
+
+PROMPTS = [("a", "once upon"), ("b", [dict(role="user", content="hello")]), ("c", "there was")]
+
+
+def sampled(request, nth=1):
+    short = request["seed"] % 2
+    return dict(text=f"text {request['seed']}", finish_reason="stop" if short else "length", **(dict(usage=7) if short else {}))
+
+
+def test_api_completions(server):
+    server.reset(sampled, latency=0.01)
+    rows = {key: row for key, *row in completions(server, PROMPTS, k=4)}
+    assert rows.keys() == {"a", "b", "c"} and len(server.requests) == 12
+    for key, prompt in PROMPTS:
+        seeds = [evaluate.request_seed(3, prompt, j) for j in range(4)]
+        assert len(set(seeds)) == 4
+        assert rows[key] == [[f"text {s}" for s in seeds], [s % 2 == 1 for s in seeds], [7 if s % 2 else None for s in seeds]]
+    for path, request in server.requests:
+        assert path == ("/v1/chat/completions" if "messages" in request else "/v1/completions")
+        assert request["model"] == "m" and [request[n] for n in ("temperature", "top_p", "max_tokens")] == [0.7, 0.95, 9]
+    chat = [request for path, request in server.requests if "chat" in path]
+    assert len(chat) == 4 and all(request["messages"] == PROMPTS[1][1] for request in chat)
+    assert {key: row for key, *row in completions(server, PROMPTS, k=4, done={"a", "c"})} == {"b": rows["b"]}
+    assert len(server.requests) == 16
+
+
+def test_api_completions_that_fail(server):
+    """Half of b fails: b is not yielded, the others are, and the error at the end says so. A refusal ends at once."""
+    server.reset(lambda request, nth: (503,) if request["seed"] == evaluate.request_seed(3, PROMPTS[1][1], 1) else sampled(request))
+    rows = []
+    with pytest.raises(evaluate.UserError, match="1 of 6 requests failed.*same command") as error:
+        rows.extend(completions(server, PROMPTS))
+    assert {row[0] for row in rows} == {"a", "c"} and KEY not in str(error.value)
+    server.reset(lambda request, nth: (404,))
+    with pytest.raises(evaluate.UserError, match="refuses m.*404") as error:
+        list(completions(server, PROMPTS, concurrency=1))
+    assert len(server.requests) == 1 and KEY not in str(error.value)
+
+
+def test_completions_are_yielded_as_they_come(server):
+    """The caller can write a prompt down while later ones are still to come, and can leave."""
+    server.reset(lambda request, nth: "hang" if request.get("prompt") == "there was" else sampled(request))
+    rows = completions(server, PROMPTS, concurrency=2)
+    assert [next(rows)[0], next(rows)[0]] == ["a", "b"]
+    began = time.monotonic()
+    rows.close()
+    assert time.monotonic() - began < 1

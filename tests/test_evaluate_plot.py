@@ -1,0 +1,412 @@
+"""evaluate.py plot against curves that are known, brute force and plain numpy; its pictures by the text inside them."""
+
+import argparse
+import itertools
+import json
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+import evaluate
+
+STEPS = [0, 16, 32, 48, 64]  # evaluated; a run has 64 steps of 8 pairs, 2 epochs of 256
+
+
+def write_run(folder, loss="is_dpo", beta=0.05, seed=0, log_eps=1.0, curve=None, lr=1e-4, settings="aaaa", protocol="n 256", header=(),
+              **flags):
+    """A run with golden points on `curve` (d -> win rate in %), at d = 0, 0.5, 1, 1.5, 2 (plus 0.01 seed after step 0)."""
+    folder.mkdir(parents=True)
+    args = dict(loss=loss, beta=beta, lr=lr, seed=seed, log_eps=log_eps, batch_size=8, epochs=2) | flags
+    lines = [dict(script="train_pref", args=args, data="f00d", pairs=256, steps=64) | dict(header)]
+    for step in range(1, 65):
+        lines.append({"step": step, "epoch": step / 32, "ratio/chosen": -0.1 * step - seed, "ratio/rejected": -0.2 * step + seed,
+                      "weights/mean": 1 / step, "weights/ess": 4.0 + seed if step > 58 else 1.0, "weights/capped": 0.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = curve or (lambda d: 50 + 10 * d)
+    points = []
+    for k, step in enumerate(STEPS):
+        d = 0.5 * k + 0.01 * seed * (k > 0)
+        points.append(dict(checkpoint=f"step_{step:06d}", step=step, epoch=step / 32, win_rate=curve(d) / 100, win_rate_se=0.02,
+                           kl=d * d, sqrt_kl=d, reward=d - seed, length=20 + d, prompts=256, settings=settings,
+                           protocol=protocol))
+    write_golden(folder, points)
+    return folder
+
+
+def write_golden(folder, points):
+    (folder / "golden.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+
+
+def golden_points(folder):
+    return [json.loads(line) for line in (folder / "golden.jsonl").read_text().splitlines()]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_plot(runs, out, log_eps=1.0):
+    evaluate.plot(argparse.Namespace(runs=[str(run) for run in runs], out=str(out), log_eps=log_eps))
+
+
+def log_curve(start, a, b):
+    return lambda d: start + (d * (a - b * math.log(d)) if d else 0)
+
+
+# ----------------------------------------------------------------------------------------------------- the curve and its peak
+@pytest.mark.parametrize("form", ["log", "quadratic"])
+def test_fit_recovers_a_known_curve(form):
+    d = np.array([0, 0.3, 0.7, 1.1, 1.9, 2.5])
+    a, b, start = 21.0, 8.5, 47.0
+    slope = np.array([math.log(x) if x else 0 for x in d]) if form == "log" else d
+    fitted = evaluate.fit_curve(d, start + d * (a - b * slope), start, form)
+    np.testing.assert_allclose(fitted, [a, b], rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["log", "quadratic"])
+def test_fit_is_least_squares(form):
+    """The normal equations, written out; and no point of a fine grid around it is better."""
+    rng = np.random.default_rng(3)
+    d, start = rng.uniform(0.2, 3, 20), 51.0
+    win_rates = start + d * (20 - 9 * np.log(d)) + 2 * rng.normal(size=20)
+    slope = np.log(d) if form == "log" else d
+    x, y, gain = d, -d * slope, win_rates - start
+    determinant = x @ x * (y @ y) - (x @ y) ** 2
+    a = (gain @ x * (y @ y) - gain @ y * (x @ y)) / determinant
+    b = (gain @ y * (x @ x) - gain @ x * (x @ y)) / determinant
+    fitted = evaluate.fit_curve(d, win_rates, start, form)
+    np.testing.assert_allclose(fitted, [a, b], rtol=1e-9)
+    loss = lambda a, b: np.sum((gain - a * x - b * y) ** 2)
+    grid = [(loss(a + i, b + j), i, j) for i in np.linspace(-1, 1, 41) for j in np.linspace(-1, 1, 41)]
+    assert min(grid)[1:] == pytest.approx((0, 0), abs=1e-9)
+
+
+@pytest.mark.parametrize("a, b", [(20.0, 9.0), (5.0, 30.0), (-3.0, 4.0), (30.0, 10.0)])
+@pytest.mark.parametrize("form", ["log", "quadratic"])
+def test_peak_is_the_maximum(form, a, b):
+    grid = np.linspace(1e-6, 20, 2_000_001)
+    values = 50 + grid * (a - b * (np.log(grid) if form == "log" else grid))
+    peak = evaluate.curve_peak(a, b, 50.0, form)
+    if form == "quadratic" and a < 0:
+        assert peak is None and values.argmax() == 0
+    else:
+        assert peak == pytest.approx((grid[values.argmax()], values.max()), abs=2e-5)
+
+
+@pytest.mark.parametrize("form", ["log", "quadratic"])
+def test_no_peak(form):
+    assert evaluate.curve_peak(10.0, 0.0, 50.0, form) is None
+    assert evaluate.curve_peak(10.0, -2.0, 50.0, form) is None
+    assert evaluate.curve_peak(10.0, 1e-3, 50.0, "log") is None  # exp(9999)
+
+
+@pytest.mark.parametrize("d", [[], [0, 0, 0, 0], [0, 1, 2], [1, 1, 1, 1]])
+def test_no_fit(d):
+    assert evaluate.fit_curve(d, [50.0] * len(d), 50.0, "log") is None
+
+
+def test_bootstrap_is_every_draw_in_its_proportion():
+    """For three seeds the 27 ordered draws can be listed; the percentiles of 1,000 random ones are near theirs, and repeatable."""
+    rng, grid = np.random.default_rng(1), np.linspace(0, 2, 9)
+    seeds = []
+    for k in range(6):
+        d = rng.uniform(0.3, 2, 6)
+        seeds.append(np.stack([d, 50 + d * (20 + 3 * k - 9 * np.log(d)) + rng.normal(size=6)], -1))
+    np.testing.assert_array_equal(evaluate.bootstrap_band(seeds, 50.0, grid), evaluate.bootstrap_band(seeds, 50.0, grid))
+    seeds = seeds[:3]
+    band = evaluate.bootstrap_band(seeds, 50.0, grid)
+    curves = []
+    for picked in itertools.product(range(3), repeat=3):
+        d, win_rates = np.concatenate([seeds[k] for k in picked]).T
+        terms = np.stack([d, -d * np.log(d)], -1)
+        a, b = np.linalg.solve(terms.T @ terms, terms.T @ (win_rates - 50))
+        curves.append(50 + np.array([x * (a - b * math.log(x)) if x else 0 for x in grid]))
+    curves = np.repeat(curves, 1000, axis=0)
+    np.testing.assert_allclose(band, np.percentile(curves, [2.5, 97.5], axis=0), atol=0.3)
+    assert (band[:, 0] == 50).all() and band[1, -1] - band[0, -1] > 2
+    assert evaluate.bootstrap_band(seeds[:1], 50.0, grid) is None
+
+
+# --------------------------------------------------------------------------------------------------------- the rows, from files
+def test_figure_3_rows(tmp_path):
+    """Two seeds on one log curve with WR_sft 50 and 52: the fit starts at 51 and its peak and residuals follow from that."""
+    curve = log_curve(51, 20, 12)
+    runs = [evaluate.read_run(write_run(tmp_path / f"{seed}", seed=seed, curve=curve)) for seed in (0, 1)]
+    runs[0]["points"][0]["win_rate"], runs[1]["points"][0]["win_rate"] = 0.50, 0.52
+    runs[1]["points"][0]["sqrt_kl"] = 1e-4  # rounding: still the reference, and no point of the fit
+    rows = evaluate.figure_3_rows(runs)
+    points = [row for row in rows if row["kind"] == "point"]
+    assert [(p["seed"], p["step"]) for p in points] == [(seed, step) for seed in (0, 1) for step in STEPS]
+    for p in points:
+        if p["step"]:
+            assert p["sqrt_kl"] == pytest.approx(p["step"] / 32 + 0.01 * p["seed"])
+            assert p["win_rate"] == pytest.approx(curve(p["sqrt_kl"]))
+    log, quadratic = (row for row in rows if row["kind"] == "fit")
+    assert (log["start"], log["seeds"], log["points"]) == (pytest.approx(51), 2, 8)
+    assert (log["a"], log["b"]) == (pytest.approx(20), pytest.approx(12))
+    assert log["residual"] == pytest.approx(0, abs=1e-9)
+    assert log["peak_sqrt_kl"] == pytest.approx(math.exp(20 / 12 - 1)) and log["inside"]
+    assert log["peak_win_rate"] == pytest.approx(curve(log["peak_sqrt_kl"]))
+    assert (log["low"], log["high"]) == (0.5, 2.01)
+    assert log["sqrt_kl"][0] == 0 and log["sqrt_kl"][-1] == 2.01
+    np.testing.assert_allclose(log["win_rate"], [curve(d) for d in log["sqrt_kl"]])
+    np.testing.assert_allclose(log["band"], [log["win_rate"]] * 2)  # both seeds lie on the curve
+    d = np.array([p["sqrt_kl"] for p in points if p["step"]])
+    gain = np.array([p["win_rate"] for p in points if p["step"]]) - 51
+    _, (left,), *_ = np.linalg.lstsq(np.stack([d, -d * d], -1), gain, rcond=None)  # its sum of squares
+    assert quadratic["residual"] == pytest.approx(math.sqrt(left / 8)) and quadratic["residual"] > 0.1
+
+
+@pytest.mark.parametrize("a, b, says", [(20, 12, "peak 74.37% at 1.95, inside the data (0.5 to 2)"),
+                                        (5, 30, "peak 64.04% at 0.435, OUTSIDE the data (0.5 to 2)"),
+                                        (40, 12, "peak 174.7% at 10.3, OUTSIDE the data (0.5 to 2)"), (5, -3, "it has no peak")])
+def test_fit_line(tmp_path, a, b, says):
+    rows = evaluate.figure_3_rows([evaluate.read_run(write_run(tmp_path / "run", curve=log_curve(51, a, b)))])
+    line = evaluate.fit_line(next(row for row in rows if row["kind"] == "fit"))
+    assert line.startswith("figure 3: is_dpo, beta 0.05, lr 0.0001, log form, 4 points: a ") and line.endswith(says)
+
+
+def test_figure_3_without_a_fit(tmp_path):
+    """Too few checkpoints, or a policy that never left the reference: the points remain, and the picture."""
+    folder = write_run(tmp_path / "run")
+    for points in (golden_points(folder)[:3], [dict(p, sqrt_kl=0.0) for p in golden_points(folder)]):
+        write_golden(folder, points)
+        rows = evaluate.figure_3_rows([evaluate.read_run(folder)])
+        assert [row["a"] for row in rows if row["kind"] == "fit"] == [None, None]
+        assert "no fit" in evaluate.fit_line(rows[-1])
+        assert evaluate.plot_figure_3(rows).axes
+
+
+def test_means_and_standard_errors(tmp_path):
+    """Figure 4 over three seeds, one of which lacks the last checkpoint, against numpy."""
+    noise = np.random.default_rng(0).normal(size=(3, 5))
+    folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        points = [dict(p, win_rate=0.6 + 0.05 * noise[seed, k]) for k, p in enumerate(golden_points(folder))]
+        write_golden(folder, points[: 4 if seed == 2 else 5])
+    rows = evaluate.figure_4_rows([evaluate.read_run(folder) for folder in folders])
+    assert [(row["step"], row["n"]) for row in rows] == [(0, 3), (16, 3), (32, 3), (48, 3), (64, 2)]
+    for k, row in enumerate(rows):
+        values = 60 + 5 * noise[: row["n"], k]
+        assert row["win_rate"] == pytest.approx(values.mean())
+        assert row["win_rate_se"] == pytest.approx(math.sqrt(((values - values.mean()) ** 2).sum() / (row["n"] - 1) / row["n"]))
+        assert row["epoch"] == row["step"] / 32
+    one = evaluate.figure_4_rows([evaluate.read_run(folders[0])])
+    assert all(row["n"] == 1 and row["win_rate_se"] is None for row in one)
+
+
+def test_figure_6_rows(tmp_path):
+    """Bins of 10 of the 64 steps; a step that was not finite (null) is left out."""
+    folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
+    lines = (folders[0] / "metrics.jsonl").read_text().replace('"ratio/chosen": -0.1,', '"ratio/chosen": null,')
+    (folders[0] / "metrics.jsonl").write_text(lines)
+    rows = evaluate.figure_6_rows([evaluate.read_run(folder) for folder in folders], 10)
+    assert [row["first_step"] for row in rows] == [1, 11, 21, 31, 41, 51, 61]
+    steps = [np.arange(first, min(first + 10, 65)) for first in range(1, 65, 10)]
+    for row, of_bin in zip(rows, steps):
+        first = of_bin[1:] if of_bin[0] == 1 else of_bin
+        values = np.array([-0.1 * first.mean(), -0.1 * of_bin.mean() - 1])
+        assert row["ratio/chosen"] == pytest.approx(values.mean())
+        assert row["ratio/chosen_se"] == pytest.approx(values.std(ddof=1) / math.sqrt(2))
+        assert row["ratio/rejected"] == pytest.approx(-0.2 * of_bin.mean() + 0.5)
+        assert row["weights/mean"] == pytest.approx((1 / of_bin).mean())
+        assert (row["epoch"], row["n"]) == (pytest.approx(of_bin.mean() / 32), 2)
+
+
+def test_run_numbers(tmp_path):
+    """Peak, drop and effective sample share; 60 pairs an epoch in steps of 8: the eighth step has 4."""
+    folder = write_run(tmp_path / "run", curve=lambda d: {0: 50, 0.5: 62, 1: 71, 1.5: 71, 2: 64.5}[d], header=dict(pairs=60))
+    numbers = evaluate.run_numbers(evaluate.read_run(folder))
+    assert numbers == pytest.approx(dict(peak_win_rate=71, peak_sqrt_kl=1, final_win_rate=64.5, final_sqrt_kl=2, drop=6.5, reward=2,
+                                         length=22, ess_share=(5 * 4 / 8 + 4 / 4) / 6))  # steps 59 to 64
+    losing = evaluate.run_numbers(evaluate.read_run(write_run(tmp_path / "losing", curve=lambda d: 50 - d)))
+    assert (losing["peak_win_rate"], losing["peak_sqrt_kl"], losing["drop"]) == pytest.approx((50, 0, 2))
+
+
+def test_paired_differences(tmp_path):
+    """is_dpo minus dpo over the seeds that both have; other betas and learning rates are not paired."""
+    level = {("is_dpo", 0): 70, ("is_dpo", 1): 74, ("is_dpo", 2): 90, ("dpo", 0): 69, ("dpo", 1): 70, ("dpo", 3): 10}
+    runs = [write_run(tmp_path / f"{loss}{seed}", loss, seed=seed, curve=lambda d, top=top: 50 + (top - 50) * math.ceil(d) / 3)
+            for (loss, seed), top in level.items()]
+    runs += [write_run(tmp_path / "beta", "dpo", beta=0.1), write_run(tmp_path / "lr", "rpo", lr=1e-3)]
+    runs = [evaluate.read_run(run) for run in runs]
+    (row,) = evaluate.paired_rows(runs)
+    differences = []
+    for seed in (0, 1):
+        final = [run["points"][-1]["win_rate"] for run in runs[:6] if run["seed"] == seed]
+        differences.append(100 * (final[0] - final[1]))
+    assert (row["minus"], row["beta"], row["n"]) == ("dpo", 0.05, 2)
+    assert row["final_win_rate"] == pytest.approx(np.mean(differences))
+    assert row["final_win_rate_se"] == pytest.approx(abs(differences[0] - differences[1]) / 2)
+    assert row["peak_win_rate"] == pytest.approx(row["final_win_rate"])
+
+
+# ----------------------------------------------------------------------------------------------------------- the whole command
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """3 seeds of is_dpo, dpo and is_ipo at beta 0.05, one of dpo at 0.1, and an ablation of is_dpo over log_eps."""
+    folder = tmp_path_factory.mktemp("plot")
+    runs = [write_run(folder / f"{loss}{seed}", loss, seed=seed, curve=log_curve(50 + (not k) * 0.1 * seed, 20 - k, 12))
+            for k, loss in enumerate(("is_dpo", "dpo", "is_ipo")) for seed in range(3)]
+    runs.append(write_run(folder / "single", "dpo", beta=0.1))
+    runs += [write_run(folder / f"eps{value}", log_eps=value, curve=log_curve(50, 18, 12)) for value in (0.0, 4.0, math.inf)]
+    run_plot(runs, folder / "figs")
+    return folder, runs
+
+
+def test_pictures(drawn):
+    folder, _ = drawn
+    for k, labels in {3: ["golden win rate", "peak of a fitted curve", "is_ipo"], 4: ["golden win rate", "epoch", "dpo"],
+                      5: ["golden win rate", r"log $\epsilon$", r"$\infty$", "is_dpo, peak"],
+                      6: ["chosen (nats)", "rejected (nats)", "mean weight (capped)", "epoch"]}.items():
+        image = matplotlib.image.imread(folder / "figs" / f"figure{k}.png")
+        assert min(image.shape[:2]) > 500 and image[..., :3].std() > 0.02
+        text = (folder / "figs" / f"figure{k}.svg").read_text()
+        assert [label for label in labels if label not in text] == []
+    assert r"\mathrm{KL}(\pi" in (folder / "figs" / "figure3.svg").read_text()
+
+
+def test_rows_are_what_is_drawn(drawn):
+    """The lines and markers in the figures' axes, read back, are the numbers of the committed rows."""
+    folder, _ = drawn
+    rows = rows_of(folder / "figs" / "figure4.jsonl")
+    (top, *_), (bottom, *_) = np.array(evaluate.plot_figure_4(rows).axes).reshape(2, -1)
+    for ax, name in ((top, "win_rate"), (bottom, "sqrt_kl")):
+        for line in ax.get_lines():
+            mine = [row for row in rows if row["loss"] == line.get_label() and row["beta"] == 0.05]
+            assert len(mine) == 5
+            np.testing.assert_array_equal(line.get_xydata(), [(row["epoch"], row[name]) for row in mine])
+    rows = rows_of(folder / "figs" / "figure3.jsonl")
+    ax = evaluate.plot_figure_3(rows).axes[0]
+    stars = [tuple(line.get_xydata()[0]) for line in ax.get_lines() if line.get_marker() == "*" and len(line.get_xydata())]
+    fits = [row for row in rows if row["kind"] == "fit" and row["form"] == "log" and row["beta"] == 0.05]
+    assert len(fits) == 3 and stars == [(fit["peak_sqrt_kl"], fit["peak_win_rate"]) for fit in fits if fit["inside"]]
+    rows = rows_of(folder / "figs" / "figure5.jsonl")
+    top, ax = evaluate.plot_figure_5(rows).axes
+    for container, when in zip(top.containers, ("final", "peak")):
+        assert container.get_label() == f"is_dpo, {when}"
+        np.testing.assert_array_equal(container[0].get_ydata(), [row[f"{when}_win_rate"] for row in rows])
+    assert rows[0]["final_win_rate"] < rows[0]["peak_win_rate"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "4", r"$\infty$"]
+
+
+def test_table(drawn):
+    folder, _ = drawn
+    table = rows_of(folder / "figs" / "table.jsonl")
+    assert [(row["beta"], row["loss"], row["log_eps"], row["n"]) for row in table if row["kind"] == "setting"] == [
+        (0.05, "is_dpo", 0.0, 1), (0.05, "is_dpo", 1.0, 3), (0.05, "is_dpo", 4.0, 1), (0.05, "is_dpo", "inf", 1),
+        (0.05, "dpo", None, 3), (0.05, "is_ipo", 1.0, 3), (0.1, "dpo", None, 1)]
+    assert [(row["minus"], row["n"]) for row in table if row["kind"] == "paired"] == [("dpo", 3), ("is_ipo", 3)]
+    final = [log_curve(50 + 0.1 * seed, 20, 12)(2 + 0.01 * seed) for seed in range(3)]
+    mean, se = np.mean(final), np.std(final, ddof=1) / math.sqrt(3)
+    row = next(row for row in table if row["n"] == 3)
+    assert (row["final_win_rate"], row["final_win_rate_se"]) == pytest.approx((mean, se))
+    assert (row["reward"], row["ess_share"]) == pytest.approx((1.01, 5 / 8))
+    lines = (folder / "figs" / "table1.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("| is_dpo | 0.05 | 1.0 |"))
+    assert f"| {mean:.1f} ± {se:.1f} |" in line
+    assert {line.count("|") for line in lines if line.startswith("| is_dpo |")} == {lines[0].count("|")}
+    assert any(line.startswith("| dpo | 0.1 | - | 0.0001 | 1 | ") and "±" not in line for line in lines)
+    assert "golden settings aaaa" in "\n".join(lines)
+
+
+def test_the_same_runs_give_the_same_bytes(drawn):
+    folder, runs = drawn
+    run_plot(reversed(runs), folder / "again")
+    names = sorted(path.name for path in (folder / "figs").iterdir())
+    pictures = [f"figure{k}.{end}" for k in (3, 4, 5, 6) for end in ("png", "svg", "jsonl")]
+    assert names == sorted([*pictures, "table.jsonl", "table1.md"])
+    for name in names:
+        assert (folder / "again" / name).read_bytes() == (folder / "figs" / name).read_bytes(), name
+
+
+def test_log_eps_chooses_and_says_what_it_leaves_out(drawn, tmp_path, capsys):
+    _, runs = drawn
+    run_plot([runs[0], runs[3], *runs[-3:]], tmp_path, log_eps=math.inf)
+    assert "leave out 3 runs of a log_eps other than inf" in capsys.readouterr().out
+    assert {row["log_eps"] for row in rows_of(tmp_path / "figure4.jsonl")} == {"inf", None}
+    assert len({row["log_eps"] for row in rows_of(tmp_path / "figure5.jsonl")}) == 4
+
+
+def test_what_is_not_drawn_is_said_and_does_not_linger(drawn, tmp_path, capsys):
+    folder, runs = drawn
+    run_plot([runs[0], runs[-1]], tmp_path / "figs")
+    assert (tmp_path / "figs" / "figure5.png").exists()
+    run_plot(runs[:2], tmp_path / "figs")
+    assert "figure5 is not drawn: no beta, lr and loss has two values of log_eps" in capsys.readouterr().out
+    assert not list((tmp_path / "figs").glob("figure5*")) and (tmp_path / "figs" / "figure4.png").exists()
+    bare = write_run(tmp_path / "bare")
+    write_golden(bare, golden_points(bare)[:1])
+    (bare / "metrics.jsonl").write_text((bare / "metrics.jsonl").read_text().split("\n")[0] + "\n")
+    run_plot([bare], tmp_path / "figs")
+    out = capsys.readouterr().out
+    assert [f"figure{k} is not drawn: " in out for k in (3, 4, 5, 6)] == [True] * 4
+    assert f"{bare}: evaluated up to step 0 of 64" in out
+    table = (tmp_path / "figs" / "table1.md").read_text()
+    assert "| is_dpo | 0.05 | 1.0 | 0.0001 | 1 | 50.0 | 0.00 | 50.0 | 0.00 | 0.0 | - |" in table
+
+
+# ---------------------------------------------------------------------------------------------------------------- what is refused
+def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "golden.jsonl"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-20])
+    run = evaluate.read_run(folder)
+    assert [point["step"] for point in run["points"]] == STEPS[:-1] and len(run["steps"]) == 63
+    (folder / "golden.jsonl").write_bytes((folder / "golden.jsonl").read_bytes() + b"\n")  # now the line is whole, and not JSON
+    with pytest.raises(evaluate.UserError, match=r"golden\.jsonl:5: not JSON"):
+        evaluate.read_run(folder)
+
+
+def test_the_last_settings_hold(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", settings="old")
+    points = golden_points(folder)
+    again = [dict(p, settings="new", win_rate=0.7) for p in points]
+    points.append(dict(points[-1], step=80))
+    write_golden(folder, points + again[::-1] + [dict(again[2], win_rate=0.9)])
+    run = evaluate.read_run(folder)
+    assert [p["win_rate"] for p in run["points"]] == [0.7, 0.7, 0.9, 0.7, 0.7] and [p["step"] for p in run["points"]] == STEPS
+    assert "its last settings, new; left out are those of old" in capsys.readouterr().out
+
+
+def test_not_an_evaluated_run(tmp_path):
+    with pytest.raises(evaluate.UserError, match=r"nowhere: no metrics\.jsonl in it"):
+        evaluate.read_run(tmp_path / "nowhere")
+    folder = write_run(tmp_path / "run")
+    points = golden_points(folder)
+    write_golden(folder, points[1:])
+    with pytest.raises(evaluate.UserError, match="no line of step 0, the reference: python evaluate.py golden"):
+        evaluate.read_run(folder)
+    write_golden(folder, points[:2] + [dict(points[2], sqrt_kl=math.nan, reward=None)])
+    with pytest.raises(evaluate.UserError, match=r"golden\.jsonl:3: no number for sqrt_kl, reward"):
+        evaluate.read_run(folder)
+    (folder / "golden.jsonl").unlink()
+    with pytest.raises(evaluate.UserError, match=f"golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {folder}"):
+        evaluate.read_run(folder)
+    (folder / "golden.jsonl").write_text("")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(evaluate.UserError, match=r"metrics\.jsonl:1: not the header"):
+        evaluate.read_run(folder)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(seed=0, loss="dpo", settings="bbbb"), "golden settings 'aaaa' and 'bbbb'"),
+    (dict(settings="bbbb", header=dict(data="beef")), None),  # another seed may have another data set and reward model
+    (dict(protocol="n 512"), "protocol 'n 256' and 'n 512'"),
+    (dict(seed=0), "are the same setting and seed"),
+    (dict(epochs=1), "epochs 2 and 1"),
+    (dict(seed=0, loss="dpo", header=dict(data="beef")), "data fingerprint 'f00d' and 'beef'"),
+    (dict(label_smoothing=0.1), "label_smoothing None and 0.1"),
+    (dict(loss="rpo", eta=0.5), None),  # another loss may have other flags of its own
+    (dict(seed=1, save_every=5), None),
+])
+def test_runs_that_are_not_comparable(tmp_path, change, says):
+    first, second = write_run(tmp_path / "first"), write_run(tmp_path / "second", **{"seed": 1} | change)
+    runs = [evaluate.read_run(first), evaluate.read_run(second)]
+    if says is None:
+        return evaluate.check_comparable(runs)
+    with pytest.raises(evaluate.UserError, match=says) as caught:
+        evaluate.check_comparable(runs)
+    assert str(first) in str(caught.value) and str(second) in str(caught.value)
