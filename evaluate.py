@@ -1,9 +1,9 @@
 """Evaluation: what a policy says, what a reward model makes of it, and whether training has over-optimized.
 
-    python evaluate.py sample --model out/sft/final --data prompts.jsonl --k 2 --out samples.jsonl      completions of a policy
-    python evaluate.py label  --rm out/rm/final --samples samples.jsonl --out pairs.jsonl               the golden preference set
-    python evaluate.py golden --rm out/rm/final --ref out/sft/final --data held_out.jsonl RUN...        -> RUN/golden.jsonl
-    python evaluate.py plot   RUN... --out figs                                                         figures 3 to 6, Table 1
+    python evaluate.py sample --model out/sft/final --data prompts.jsonl --out samples.jsonl         # completions of a policy
+    python evaluate.py label  --rm out/rm/final --samples samples.jsonl --out pairs.jsonl            # the golden preference set
+    python evaluate.py golden --rm out/rm/final --ref out/sft/final --data held_out.jsonl RUN...     # -> RUN/golden.jsonl
+    python evaluate.py plot   RUN... --out figs                                                      # figures 3 to 6, Table 1
     python evaluate.py judge  --samples samples.jsonl --api URL --judge gpt-4o-mini --out verdicts.jsonl
     python evaluate.py bench  --suite mt_bench --model out/run/final --questions question.jsonl --out answers.jsonl
 

@@ -1414,6 +1414,8 @@ def main():
     save_checkpoint(out / "final", policy, tokenizer, model_dir)
     if rank == 0:
         say(f"done: {total} steps in {time.perf_counter() - began:.0f} s; {summary(out / 'metrics.jsonl')}; policy in {out}/final")
+        judges = "--preset toy" if args.preset == "toy" else f"--rm REWARD_MODEL --ref {args.ref or args.model} --data HELD_OUT"
+        say(f"next: python evaluate.py golden {judges} {out} && python evaluate.py plot {out} --out {out}/figs")
 
 
 def step_line(step, total, m, applied):

@@ -37,6 +37,13 @@ def test_commands_in_docstrings_parse(script):
         module.parse_args(shlex.split(line.split("#")[0].replace("...", "").split(f" {script}.py")[1]))
 
 
+def test_commands_in_evaluates_docstring_parse():
+    evaluate = importlib.import_module("evaluate")
+    lines = [line for line in evaluate.__doc__.splitlines() if line.startswith("    python evaluate.py")]
+    commands = [evaluate.parse_args(shlex.split(line.split("#")[0])[2:]).command for line in lines]
+    assert sorted(commands) == ["bench", "golden", "judge", "label", "plot", "sample"]
+
+
 def test_links_point_at_definitions():
     links = re.findall(r"\[(\w+)\]\(([\w./]+)#L(\d+)\)", TEXT)
     assert len(links) >= 8
