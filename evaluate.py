@@ -419,6 +419,8 @@ def load_prompts(args, tokenizer, vocab_size):
             text, response = (row["prompt"], None) if bare else split_demonstration(row)
             if isinstance(text, list) and tokenizer is not None:
                 text, response = (chat_prompt(tokenizer, text), None) if bare else render_chat(tokenizer, text, response)
+            if isinstance(response, list):
+                response = response[0].get("content") if isinstance(response[0], dict) else None
             if not text:
                 raise SkipRow("empty prompt")
             json.dumps([text, response], ensure_ascii=False).encode()  # raises on broken Unicode
@@ -1846,7 +1848,7 @@ LOSS_LOOKS = {
     "chi_po": dict(color="#7a3b8f", linestyle=(0, (5, 1, 1, 1, 1, 1)), marker="^", fillstyle="none"),
     "length_dpo": dict(color="#907000", linestyle=(0, (1, 3)), marker="x"),
 }
-WIN_RATE, SQRT_KL = "golden win rate (%)", r"$\sqrt{\mathrm{KL}(\pi\,\|\,\mathrm{ref})}$ ($\sqrt{\mathrm{nats}}$)"
+WIN_RATE, SQRT_KL = "win rate (%)", r"$\sqrt{\mathrm{KL}(\pi\,\|\,\mathrm{ref})}$ ($\sqrt{\mathrm{nats}}$)"
 GOLDEN_NUMBERS = ("step", "epoch", "win_rate", "sqrt_kl", "reward", "length")
 # What all runs of a plot must share, and what seeds of one setting must share too. Not paths, which differ between machines: the
 # data's fingerprint and golden's settings stand for them.

@@ -615,3 +615,36 @@ def test_completions_are_yielded_as_they_come(server):
     began = time.monotonic()
     rows.close()
     assert time.monotonic() - began < 1
+
+
+def test_sample_through_an_api(server, tmp_path):
+    """The command: faults are retried, a failed prompt is asked again by the same command, whole prompts are kept, and the rows
+    are those of `sample`. Conversations go to the chat endpoint as messages."""
+    data = write_jsonl(tmp_path / "prompts.jsonl", [dict(prompt=f"post {i} TL;DR:", completion=" c") for i in range(6)]
+                       + [dict(prompt=[dict(role="user", content="hi")], completion=[dict(role="assistant", content="ho")])])
+    down = {"on": True}
+
+    def behave(request, nth):
+        if request.get("prompt") == "post 3 TL;DR:" and down["on"]:
+            return (503, ("Retry-After", "0"))
+        return ((429, ("Retry-After", "0")), "cut", sampled(request))[min(nth, 3) - 1]
+
+    def run():
+        argv = ["sample", "--model", "m", "--data", data, "--api", server.url, "--out", tmp_path / "s.jsonl", "--retries", 3, "--n", 9]
+        return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, argv)], capture_output=True, text=True)
+
+    server.reset(behave)
+    first = run()
+    assert first.returncode == 1 and "2 of 14 requests failed" in first.stderr and "Traceback" not in first.stderr
+    kept = read_jsonl(tmp_path / "s.jsonl")
+    assert sorted(row["index"] for row in kept) == [0, 1, 2, 4, 5, 6]
+    down["on"], before = False, len(server.requests)
+    second = run()
+    assert second.returncode == 0, second.stderr
+    assert {request.get("prompt") for _, request in server.requests[before:]} == {"post 3 TL;DR:"}
+    rows = read_jsonl(tmp_path / "s.jsonl")
+    assert [row["index"] for row in rows] == list(range(7)) and [row for row in rows if row["index"] != 3] == sorted(kept, key=lambda r: r["index"])
+    assert rows[6]["prompt"] == [dict(role="user", content="hi")] and rows[6]["references"] == ["ho"]
+    assert all(len(row["completions"]) == len(row["ended"]) == len(row["n_tokens"]) == 2 for row in rows)
+    assert any("chat" in path for path, _ in server.requests)
+    no_key(tmp_path, first.stdout, first.stderr, second.stdout, second.stderr)

@@ -258,8 +258,8 @@ def drawn(tmp_path_factory):
 
 def test_pictures(drawn):
     folder, _ = drawn
-    for k, labels in {3: ["golden win rate", "peak of a fitted curve", "is_ipo"], 4: ["golden win rate", "epoch", "dpo"],
-                      5: ["golden win rate", r"log $\epsilon$", r"$\infty$", "is_dpo, peak"],
+    for k, labels in {3: ["win rate (%)", "peak of a fitted curve", "is_ipo"], 4: ["win rate (%)", "epoch", "dpo"],
+                      5: ["win rate (%)", r"log $\epsilon$", r"$\infty$", "is_dpo, peak"],
                       6: ["chosen (nats)", "rejected (nats)", "mean weight (capped)", "epoch"]}.items():
         image = matplotlib.image.imread(folder / "figs" / f"figure{k}.png")
         assert min(image.shape[:2]) > 500 and image[..., :3].std() > 0.02

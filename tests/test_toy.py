@@ -1,6 +1,6 @@
 """The toy task: its grammar, its truth, its tokenizer, and that toy/ holds what toy/make.py makes.
 
-Run by `python -m pytest tests/test_toy.py`, about a minute on one core: the two --check runs make the whole of toy/ again.
+Run by `python -m pytest tests/test_toy.py`, about two minutes on one core: a --check makes the whole of toy/ again.
 """
 
 import gzip
@@ -17,7 +17,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 TOY = REPO / "toy"
-FILES = ["sft.jsonl.gz", "sft_eval.jsonl.gz", "pairs.jsonl.gz", "pairs_eval.jsonl.gz"]
+FILES = ["sft.jsonl.gz", "sft_eval.jsonl.gz", "rm_pairs.jsonl.gz", "rm_pairs_eval.jsonl.gz", "pairs.jsonl.gz", "pairs_eval.jsonl.gz"]
 POST = "hugo bought tents this morning . leo found cameras after the storm . nobody said a word . tl;dr :"
 
 spec = importlib.util.spec_from_file_location("toy_make", TOY / "make.py")
@@ -115,7 +115,7 @@ def test_truth(response, points):
 # --- the tokenizer and the model ---
 
 
-@pytest.mark.parametrize("folder", ["base", "sft"])
+@pytest.mark.parametrize("folder", ["base", "sft", "rm"])
 def test_tokenizer(folder):
     """Every text of every file comes back as it was, without <unk>; ids are the places in WORDS; one BOS, no EOS."""
     from transformers import AutoTokenizer
@@ -142,32 +142,54 @@ def test_config_is_read_by_transformers():
 
 
 def test_reference_policy_has_learned_the_task():
-    """Fresh posts: its samples score far above the same samples dealt to other posts, and above nothing said at all."""
+    """Fresh posts: its samples score far above the same samples dealt to other posts, and, by three standard errors, above nothing
+    said at all."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(TOY / "sft", dtype=torch.float64).eval()
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "sft")
-    rng = random.Random(99)
+    import evaluate as ev
+
+    cpu, rng = torch.device("cpu"), random.Random(99)
+    policy, tokenizer, _ = ev.load_model(str(TOY / "sft"), ev.CausalLM, "fp32", cpu)
     prompts = [make.make_post(rng)[0] for _ in range(256)]
-    samples = make.sample(model, tokenizer, prompts, key="test")
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    uniform = torch.stack([ev.uniform_numbers(prompt, 1, 64, 0) for prompt in ids])
+    samples = [ev.completion_text(ys[0], [2], tokenizer) for ys in ev.generate(policy, ids, uniform, 1.0, 1.0, [2], cpu)]
     own = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts, samples)]
     dealt = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts[1:] + prompts[:1], samples)]
     assert mean([ended for _, ended in samples]) > 0.99
-    assert mean(own) > 0.5 and mean(own) > mean(dealt) + 2
+    error = (mean([(x - mean(own)) ** 2 for x in own]) / len(own)) ** 0.5
+    assert mean(own) > 3 * error and mean(own) > mean(dealt) + 2
 
 
-def test_a_sample_does_not_depend_on_its_batch():
+@pytest.fixture(scope="module")
+def reward():
+    """-> reward(prompt, response) of toy/rm by transformers, in float64."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(TOY / "sft", dtype=torch.float64).eval()
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "sft")
-    prompts = [row["prompt"] for row in rows("pairs_eval.jsonl.gz")[:40]]
-    together = make.sample(model, tokenizer, prompts, key="first")
-    assert together[::-1] == make.sample(model, tokenizer, prompts[::-1], key="first")
-    assert together[:5] == [make.sample(model, tokenizer, [prompt], key="first")[0] for prompt in prompts[:5]]
-    assert together != make.sample(model, tokenizer, prompts, key="second")
+    model = AutoModelForSequenceClassification.from_pretrained(TOY / "rm", dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "rm")
+
+    def score(prompt, response):
+        with torch.no_grad():
+            return model(torch.tensor([tokenizer(prompt).input_ids + tokenizer.encode(response, add_special_tokens=False) + [2]])).logits.item()
+
+    return score
+
+
+def test_golden_reward_model_knows_the_truth_but_not_all_of_it(reward):
+    """Held-out pairs of unequal truth: it prefers the better one in 65 to 85% (the paper's golden model agrees with people in 75.2%)."""
+    pairs = [row for row in rows("rm_pairs_eval.jsonl.gz") if row["chosen_truth"] != row["rejected_truth"]][:512]
+    right = [(reward(r["prompt"], r["chosen"]) > reward(r["prompt"], r["rejected"])) == (r["chosen_truth"] > r["rejected_truth"]) for r in pairs]
+    assert 0.65 < mean(right) < 0.85
+
+
+def test_pairs_are_labelled_by_the_golden_reward_model(reward):
+    for name in FILES[4:]:
+        for row in rows(name)[:256]:
+            for side in ("chosen", "rejected"):
+                assert abs(reward(row["prompt"], row[side]) - row[f"{side}_reward"]) < 1e-5
+            assert row["chosen_reward"] > row["rejected_reward"]
 
 
 # --- the files ---
@@ -175,9 +197,10 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 def test_sizes_and_fields():
     assert sum(path.stat().st_size for path in TOY.rglob("*") if "__pycache__" not in path.parts) < 4e6
-    assert [len(rows(name)) for name in FILES] == [19200, 512, 2048, 256]
+    assert [len(rows(name)) for name in FILES] == [19200, 512, 14336, 1024, 2048, 256]
     for name in FILES:
         fields = ["prompt", "completion"] if "sft" in name else ["prompt", "chosen", "rejected", "chosen_truth", "rejected_truth"]
+        fields[3:3] = [] if "sft" in name or "rm" in name else ["chosen_reward", "rejected_reward"]
         assert all(list(row) == fields for row in rows(name))
 
 
@@ -196,7 +219,7 @@ def test_pairs():
             assert not set((row["chosen"] + " " + row["rejected"]).split()) & set(make.SPECIAL)
 
 
-@pytest.mark.parametrize("name", FILES[2:])
+@pytest.mark.parametrize("name", FILES[2:4])
 def test_label_noise_is_bradley_terry(name):
     """Pairs of unequal truth: the better is chosen as often as the sigmoids of the differences say, within 3 standard errors."""
     differences = [row["chosen_truth"] - row["rejected_truth"] for row in rows(name)]
@@ -230,9 +253,11 @@ def test_check_names_the_changed_line(tmp_path):
     shutil.copytree(TOY, toy, ignore=shutil.ignore_patterns("__pycache__"))
     # recompressed otherwise, same content: no difference
     (toy / "sft_eval.jsonl.gz").write_bytes(gzip.compress(gzip.decompress((TOY / "sft_eval.jsonl.gz").read_bytes()), 1))
-    damage(toy / "pairs.jsonl.gz", 1234, b'"chosen"', b'"chosem"')
+    for file in ("evaluate.py", "kernels"):  # make.py runs the scripts beside toy/
+        (tmp_path / file).symlink_to(REPO / file)
+    damage(toy / "rm_pairs_eval.jsonl.gz", 123, b'"chosen"', b'"chosem"')
     result = run_check(toy)
-    assert result.returncode == 1 and "toy/pairs.jsonl.gz:1234: differs" in result.stderr, result.stdout + result.stderr
+    assert result.returncode == 1 and "toy/rm_pairs_eval.jsonl.gz:123: differs" in result.stderr, result.stdout + result.stderr
     assert "same toy/sft_eval.jsonl.gz:" in result.stdout
 
     # the first files fail before any sampling, so these are quick

@@ -8,6 +8,7 @@ no real data set can offer: a preference run here can be judged by what is true 
 
     python toy/make.py            make all of it (about ten minutes on one CPU core) with the project's own commands
     python toy/make.py --check    make the files again in a temporary directory, all but the weights, and compare
+    python toy/make.py --seed 1 --to out/toy1    other posts, writers, samples, labels and weights, elsewhere (toy/study.sh)
 
 What is made, in the order of the paper's experiment (one JSON object a line in the .gz files; no prompt stands in two of them):
 
@@ -47,6 +48,8 @@ import zlib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+TO = HERE  # where the files are made or checked: --to
+SEED = 0  # of everything: --seed
 
 # --- the language ---
 PEOPLE = "anna ben clara david emma felix grace hugo irene jonas karin leo mona nils olga peter".split()
@@ -211,7 +214,7 @@ def make_texts():
     """-> (the two SFT files, {name of a pair file: its prompts}). One `seen` for all, so no prompt comes twice anywhere."""
     seen, files, prompts = set(), {}, {}
     for name, (seed, n, *_) in {**SFT_FILES, **PAIR_FILES, **RM_FILES}.items():
-        rng = random.Random(seed)
+        rng = random.Random(seed + 100 * SEED)
         rows = []
         while len(rows) < n:
             prompt, facts = make_post(rng)
@@ -227,9 +230,9 @@ def make_texts():
 
 
 def project(script, *words):
-    """Run one of the project's scripts; small models are fastest on one thread."""
-    command = [sys.executable, script, *map(str, words)]
-    subprocess.run(command, cwd=HERE.parent, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    """Run one of the project's scripts by its toy preset; small models are fastest on one thread."""
+    command = [sys.executable, HERE.parent / script, *words, "--preset", "toy", "--seed", SEED]
+    subprocess.run(list(map(str, command)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
 def read_lines(path):
@@ -240,13 +243,14 @@ def sample(name, prompts, directory):
     """Two samples of sft/ for each prompt -> the file that `evaluate.py sample` writes."""
     data, out = directory / f"{name}.prompts.jsonl", directory / f"{name}.samples.jsonl"
     data.write_bytes(json_lines({"prompt": prompt} for prompt in prompts))
-    project("evaluate.py", "sample", "--preset", "toy", "--data", data, "--n", len(prompts), "--k", 2, "--temperature", 1, "--top_p", 1,
-            "--seed", name, "--batch_size", 256, "--precision", "fp64", "--out", out)
+    project("evaluate.py", "sample", "--model", TO / "sft", "--data", data, "--n", len(prompts), "--k", 2, "--temperature", 1,
+            "--top_p", 1, "--batch_size", 256, "--precision", "fp64", "--out", out)
     return out
 
 
 def first_pairs(name, rows, n):
-    """The first n pairs, with the truths of both sides."""
+    """The first n pairs without <pad>, <s> or <unk> in them, with the truths of both sides."""
+    rows = [row for row in rows if not {*row["chosen"].split(), *row["rejected"].split()} & {*SPECIAL}]
     if len(rows) < n:
         raise ValueError(f"{name}: {len(rows)} usable pairs, {n} are wanted: draw more prompts")
     for row in rows[:n]:
@@ -270,7 +274,7 @@ def make_rm_pairs(name, prompts, directory):
 def make_pairs(name, prompts, directory):
     """Two samples of sft/ a prompt, labelled by rm/."""
     out = directory / f"{name}.pairs.jsonl"
-    project("evaluate.py", "label", "--preset", "toy", "--samples", sample(name, prompts, directory), "--precision", "fp64", "--out", out)
+    project("evaluate.py", "label", "--rm", TO / "rm", "--samples", sample(name, prompts, directory), "--precision", "fp64", "--out", out)
     return first_pairs(name, read_lines(out), PAIR_FILES[name][2])
 
 
@@ -288,32 +292,33 @@ def write(name, content):
         with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0, compresslevel=9) as f:
             f.write(content)
         content = buffer.getvalue()
-    path = HERE / name
-    path.parent.mkdir(exist_ok=True)
+    path = TO / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".new")
     aside.write_bytes(content)
     os.replace(aside, path)
     print(f"made toy/{name}: {len(content):,} bytes")
 
 
-def train(script, name, directory):
-    """Train toy/`name` by the toy preset of a script and put it in place of the old one."""
-    project(script, "--preset", "toy", "--out", directory / name)
-    new, old = HERE / f"{name}.new", HERE / f"{name}.old"
+def train(script, name, model, data, directory):
+    """Train `name`/ by the toy preset of a script and put it in place of the old one."""
+    eval_data = data.replace(".jsonl", "_eval.jsonl")
+    project(script, "--model", TO / model, "--data", TO / data, "--eval_data", TO / eval_data, "--out", directory / name)
+    new, old = TO / f"{name}.new", TO / f"{name}.old"
     for aside in (new, old):
         shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(directory / name / "final", new)
-    if (HERE / name).exists():
-        os.rename(HERE / name, old)
-    os.rename(new, HERE / name)
+    if (TO / name).exists():
+        os.rename(TO / name, old)
+    os.rename(new, TO / name)
     shutil.rmtree(old, ignore_errors=True)
-    print(f"made toy/{name}/: {sum(path.stat().st_size for path in (HERE / name).iterdir()):,} bytes")
+    print(f"made {name}/: {sum(path.stat().st_size for path in (TO / name).iterdir()):,} bytes")
 
 
 def check(name, content):
     """Stop with the first line in which toy/`name` is not `content`."""
     try:
-        found = (HERE / name).read_bytes()
+        found = (TO / name).read_bytes()
         found = gzip.decompress(found) if name.endswith(".gz") else found
     except (OSError, EOFError, zlib.error) as error:  # missing, or not a whole gzip file
         sys.exit(f"toy/{name}: cannot be read: {error}")
@@ -329,7 +334,13 @@ def main():
     parser = argparse.ArgumentParser(description="make the toy task's files in toy/")
     parser.add_argument("--check", action="store_true",
                         help="write nothing; make all but the weights again and compare; exit code 1 at the first difference")
+    parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0, the toy/ that is shipped)")
+    parser.add_argument("--to", type=Path, default=HERE, help="directory for the files (default: toy/)")
     args = parser.parse_args()
+    global SEED, TO
+    SEED, TO = args.seed, args.to.resolve()
+    if SEED and TO == HERE:
+        parser.error("--seed: toy/ holds seed 0; give --to another directory")
     put = check if args.check else write
     files, prompts = make_texts()
     with tempfile.TemporaryDirectory() as directory:
@@ -337,11 +348,11 @@ def main():
         for name, content in {**make_base(), **files}.items():
             put(name, content)
         if not args.check:
-            train("train_sft.py", "sft", directory)
+            train("train_sft.py", "sft", "base/config.json", "sft.jsonl.gz", directory)
         for name in RM_FILES:
             put(name, make_rm_pairs(name, prompts[name], directory))
         if not args.check:
-            train("train_rm.py", "rm", directory)
+            train("train_rm.py", "rm", "sft", "rm_pairs.jsonl.gz", directory)
         for name in PAIR_FILES:
             put(name, make_pairs(name, prompts[name], directory))
 

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The paper's controlled experiment on the toy task, whole: about 50 minutes on 2 CPU cores. Stopped, it goes on where it was.
+#
+#     toy/study.sh [OUT=out/study] [JOBS=2]
+#
+# Three seeds, each with its own posts, writers, reference policy, golden reward model, pairs and training (toy/make.py --seed). The
+# learning rate is found by a rule that looks at DPO alone: of LRS, the one at which DPO at beta 0.01 reaches the highest golden win
+# rate anywhere in its run, mean over seeds; then three times that rate too. Rows and pictures go to toy/results.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${1:-out/study} JOBS=${2:-2}
+export OMP_NUM_THREADS=1
+SEEDS="0 1 2" LRS="5e-5 1e-4 2e-4 4e-4 8e-4"
+LOSSES="dpo ipo is_dpo is_ipo rpo chi_po length_dpo" BETAS="0.01 0.05 0.1" LOG_EPS="0 0.5 2 4 inf"  # log_eps 1 is is_dpo itself
+
+train() {  # seed, name, flags: a run of 128 steps with a checkpoint every 16
+    python train_pref.py --preset toy --model "$OUT/toy$1/sft" --data "$OUT/toy$1/pairs.jsonl.gz" --eval_data '' --seed "$1" --save_every 16 \
+        --out "$OUT/runs$1/$2" "${@:3}" > "$OUT/runs$1/$2.log"
+}
+golden() {  # seed, runs
+    python evaluate.py golden --preset toy --rm "$OUT/toy$1/rm" --ref "$OUT/toy$1/sft" --data "$OUT/toy$1/pairs_eval.jsonl.gz" --keep_samples "${@:2}" \
+        >> "$OUT/golden$1.log"
+}
+export -f train golden
+export OUT
+
+mkdir -p "$OUT" $(printf "$OUT/runs%s " $SEEDS)
+for seed in $SEEDS; do
+    [ -e "$OUT/toy$seed/pairs_eval.jsonl.gz" ] || echo "python toy/make.py --seed $seed --to $OUT/toy$seed > $OUT/toy$seed.log"
+done | xargs -P "$JOBS" -I{} bash -c '{}'
+
+# The learning rate
+for seed in $SEEDS; do for lr in $LRS; do
+    echo "train $seed dpo-beta0.01-lr$lr --loss dpo --beta 0.01 --lr $lr && golden $seed $OUT/runs$seed/dpo-beta0.01-lr$lr"
+done; done | xargs -P "$JOBS" -I{} bash -c '{}'
+python - "$OUT" "$SEEDS" "$LRS" > toy/results/learning_rate.jsonl <<'EOF'
+import json, statistics, sys
+out, seeds, lrs = sys.argv[1], sys.argv[2].split(), sys.argv[3].split()
+for lr in lrs:
+    peaks = [max(json.loads(line)["win_rate"] for line in open(f"{out}/runs{seed}/dpo-beta0.01-lr{lr}/golden.jsonl")) for seed in seeds]
+    print(json.dumps(dict(lr=lr, dpo_peak_win_rate=statistics.mean(peaks), by_seed=peaks)))
+EOF
+LR=$(python -c 'import json; print(max(map(json.loads, open("toy/results/learning_rate.jsonl")), key=lambda row: row["dpo_peak_win_rate"])["lr"])')
+LR3=$(python -c "print(f'{3 * $LR:g}')")
+echo "learning rates $LR and $LR3"
+
+# The runs: every loss and beta, then the ablation of the cap
+for seed in $SEEDS; do for lr in $LR $LR3; do for beta in $BETAS; do
+    for loss in $LOSSES; do echo "$seed $loss-beta$beta-lr$lr --loss $loss --beta $beta --lr $lr"; done
+    if [ $beta = 0.01 ]; then for cap in $LOG_EPS; do
+        echo "$seed is_dpo-beta$beta-lr$lr-log_eps$cap --loss is_dpo --beta $beta --lr $lr --log_eps $cap"
+    done; fi
+done; done; done > "$OUT/runs.txt"
+xargs -P "$JOBS" -a "$OUT/runs.txt" -I{} bash -c 'train {}'
+for seed in $SEEDS; do
+    awk -v seed="$seed" -v out="$OUT" '$1 == seed {print out "/runs" seed "/" $2}' "$OUT/runs.txt" | xargs -n 13 echo "golden $seed"
+done | xargs -P "$JOBS" -I{} bash -c '{}'
+
+# The figures and Table 1, by the golden reward model and by the truth; a learning rate each
+for lr in $LR $LR3; do
+    python evaluate.py plot $(awk -v lr="-lr$lr(-|$)" -v out="$OUT" '$2 ~ lr {print out "/runs" $1 "/" $2}' "$OUT/runs.txt") --out "toy/results/lr$lr"
+    rm -rf "$OUT/truth$lr"
+    python toy/truth.py "$OUT/truth$lr" $(awk -v lr="-lr$lr(-|$)" -v out="$OUT" '$2 ~ lr {print out "/runs" $1 "/" $2}' "$OUT/runs.txt")
+    python evaluate.py plot "$OUT/truth$lr"/* --out "toy/results/lr$lr-truth"
+done
+cp toy/results/learning_rate.jsonl "$OUT/"
