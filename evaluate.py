@@ -1064,11 +1064,15 @@ def write_json(path, content):
 
 
 def load_model(name, make, precision, device):
-    """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products."""
+    """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products, but for a
+    reward model's head, which is float32 as in training."""
     directory = find_model(name)
     model = build(lambda: make(read_config(directory)), device, precision, False, False, False)
     load_weights(model, directory)
-    return model.to(model.model.dtype).eval(), load_tokenizer(directory), directory
+    model.model.to(model.model.dtype)
+    if getattr(model, "lm_head", None) is not None:
+        model.lm_head.to(model.model.dtype)
+    return model.eval(), load_tokenizer(directory), directory
 
 
 def stop_ids(directory, tokenizer):

@@ -140,6 +140,22 @@ def test_fp64_is_float64(tiny_llama, tmp_path, process_group):
     assert policy.logits(hidden[0]).dtype == torch.float64 and difference.abs().max() < 1e-5  # rotary angles are float32
 
 
+@pytest.mark.gpu
+def test_generation_on_a_gpu(tiny_llama, tmp_path, process_group):
+    """float32: the CPU's completions. bf16: float32 logits from 16-bit products, within rounding of the float32 model's."""
+    directory, gpu = tiny_llama(tmp_path / "m"), torch.device("cuda")
+    prompts = [list(range(30, 30 + n)) for n in (12, 3, 7)]
+    policy = ev.load_model(str(directory), ev.CausalLM, "fp32", gpu)[0]
+    ours = ev.generate(policy, prompts, uniforms(prompts, 3, 20), 1.0, 0.95, [257], gpu)
+    assert ours == sampled(load(directory)[0], prompts, 3, 20, [257], top_p=0.95)
+    half = ev.load_model(str(directory), ev.CausalLM, "bf16", gpu)[0]
+    hidden = torch.randn(5, 32, device=gpu)
+    logits = half.logits(hidden.bfloat16())
+    assert logits.dtype == torch.float32 and (logits - policy.logits(hidden)).abs().max() < 0.05
+    kl = ev.divergences(half, policy, prompts, [[[1, 2, 3]]] * 3, gpu)
+    assert kl.abs().max() < 0.05
+
+
 # ------------------------------------------------------------------------------------------------------------ estimators
 class Enumerated:
     """Two tiny models over 5 tokens, responses of up to 3 tokens (EOS is 0): everything can be summed over all responses."""
