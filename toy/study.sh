@@ -13,8 +13,8 @@ export OMP_NUM_THREADS=1
 SEEDS="0 1 2" LRS="5e-5 1e-4 2e-4 4e-4 8e-4"
 LOSSES="dpo ipo is_dpo is_ipo rpo chi_po length_dpo" BETAS="0.01 0.05 0.1" LOG_EPS="0 0.5 2 4 inf"  # log_eps 1 is is_dpo itself
 
-train() {  # seed, name, flags: a run of 128 steps with a checkpoint every 16
-    python train_pref.py --preset toy --model "$OUT/toy$1/sft" --data "$OUT/toy$1/pairs.jsonl.gz" --eval_data '' --seed "$1" --save_every 16 \
+train() {  # seed, name, flags: a run of 128 steps with 6 checkpoints
+    python train_pref.py --preset toy --model "$OUT/toy$1/sft" --data "$OUT/toy$1/pairs.jsonl.gz" --eval_data '' --seed "$1" --save_every 22 \
         --out "$OUT/runs$1/$2" "${@:3}" > "$OUT/runs$1/$2.log"
 }
 golden() {  # seed, runs
@@ -44,16 +44,16 @@ LR=$(python -c 'import json; print(max(map(json.loads, open("toy/results/learnin
 LR3=$(python -c "print(f'{3 * $LR:g}')")
 echo "learning rates $LR and $LR3"
 
-# The runs: every loss and beta, then the ablation of the cap
+# The runs: every loss and beta at both rates, and at the first the ablation of the cap
 for seed in $SEEDS; do for lr in $LR $LR3; do for beta in $BETAS; do
     for loss in $LOSSES; do echo "$seed $loss-beta$beta-lr$lr --loss $loss --beta $beta --lr $lr"; done
-    if [ $beta = 0.01 ]; then for cap in $LOG_EPS; do
+    if [ "$beta $lr" = "0.01 $LR" ]; then for cap in $LOG_EPS; do
         echo "$seed is_dpo-beta$beta-lr$lr-log_eps$cap --loss is_dpo --beta $beta --lr $lr --log_eps $cap"
     done; fi
 done; done; done > "$OUT/runs.txt"
 xargs -P "$JOBS" -a "$OUT/runs.txt" -I{} bash -c 'train {}'
 for seed in $SEEDS; do
-    awk -v seed="$seed" -v out="$OUT" '$1 == seed {print out "/runs" seed "/" $2}' "$OUT/runs.txt" | xargs -n 13 echo "golden $seed"
+    awk -v seed="$seed" -v out="$OUT" '$1 == seed {print out "/runs" seed "/" $2}' "$OUT/runs.txt" | xargs -n 12 echo "golden $seed"
 done | xargs -P "$JOBS" -I{} bash -c '{}'
 
 # The figures and Table 1, by the golden reward model and by the truth; a learning rate each
