@@ -21,10 +21,10 @@ class Result:
         assert self.code == 0, self.err or self.out
         return self
 
-    def refused(self, *words):
-        """Exit code 1 and one line, which holds the words: no traceback."""
+    def refused(self, *words, code=1):
+        """The exit code and one line, which holds the words: no traceback."""
         lines = [line for line in self.err.splitlines() if line.strip()]
-        assert self.code == 1 and "Traceback" not in self.err, self.err
+        assert self.code == code and "Traceback" not in self.err, self.err
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
         for word in words:
             assert str(word) in lines[0], (word, lines[0])

@@ -405,7 +405,7 @@ def test_bf16(run_script, model_dir, data, tmp_path, more):
 
 
 def test_refused_flags(run_script, model_dir, data, tmp_path):
-    for more, words in (("--center -1", "--center -1"), ("--center nan", "--center nan"), ("--kernel torch", "--kernel"),
+    for more, words in (("--center -1", "--center: -1"), ("--center nan", "--center: nan"), ("--kernel torch", "--kernel"),
                         ("--beta 0.1", "--beta"), ("--max_prompt_length 34", "--max_prompt_length 34")):
         with pytest.raises(rm.UserError, match=re.escape(words)):
             rm.parse_args([str(x) for x in flags(model_dir, data, tmp_path)] + more.split())
