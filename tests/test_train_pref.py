@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_pref as tp
-from runs import Result, finish, launch
+from runs import Result, finish, launch, spoil
 
 ROOT = Path(tp.__file__).resolve().parent
 SOURCE = Path(tp.__file__).read_text()
@@ -620,7 +620,7 @@ def test_a_run_that_diverges_stops(cli, model_dir, data, tmp_path):
 def test_all_ranks_skip_together(cli, model_dir, data, tmp_path, more):
     """The loss is NaN on rank 1 only, in step 2 only: both skip that update, nobody hangs, and the run goes on."""
     out = tmp_path / "run"
-    result = cli(*flags(model_dir, data, out, *more, max_steps=4, save_every=1), world=2, call=2, action="nan", on_rank=1).ok()
+    result = cli(*flags(model_dir, data, out, *more, max_steps=4, save_every=1), world=2, call=2, action=spoil, on_rank=1).ok()
     lines = metrics_of(out)
     assert [line["skipped"] for line in lines] == [0, 1, 1, 1] and lines[1]["grad_norm"] is None
     assert result.out.count("NOT FINITE: skipped") == 1
