@@ -158,7 +158,8 @@ def judge(server, tmp_path, **flags):
 
 def start(argv):
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, ROOT / "evaluate.py", "judge", *argv], **streams)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background were told to ignore it
+    return subprocess.Popen([sys.executable, ROOT / "evaluate.py", "judge", *argv], preexec_fn=heed, **streams)
 
 
 def wait_for(condition, seconds=30):
