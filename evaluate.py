@@ -304,8 +304,8 @@ def parse_args(argv=None):
     add("--suite", choices=["alpaca_eval", "mt_bench"], required=True, help="whose questions, and whose answer format")
     add("--questions", required=True, help="mt_bench: FastChat's question.jsonl; alpaca_eval: alpaca_eval.json")
     add("--model", required=True, help="policy: model directory or Hub id")
-    add("--temperature", type=float, default=None, help="0: the likeliest token always (default: mt_bench's own by category; 0.7)")
-    add("--top_p", type=float, default=1.0, help="mass of the likeliest tokens kept; 1: all (default: %(default)s)")
+    add("--temperature", type=number(least=0), default=None, help="0: the likeliest token always (default: mt_bench's own by category; 0.7)")
+    add("--top_p", type=number(above=0), default=1.0, help="mass of the likeliest tokens kept; 1: all (default: %(default)s)")
     add("--max_new_tokens", type=positive_int, default=1024, help="tokens of an answer at most (default: %(default)s)")
     add("--name", default=None, help="what the answers call the model (default: --model)")
     add("--template", choices=["chat", "hh"], default="chat", help="the tokenizer's chat template, or HH's plain dialogue (default:"
@@ -319,14 +319,14 @@ def parse_args(argv=None):
         add("--data", help="prompts, and golden's reference responses: .jsonl[.gz], recipe or Hub id, its held-out part (preset)")
         add("--n", type=positive_int, help="prompts: the first n different ones (preset)")
         add("--k", type=positive_int, default=2, help="completions a prompt (default: %(default)s)")
-        add("--temperature", type=float, default=0.7, help="0: the likeliest token always (default: %(default)s; golden's KL: 1)")
-        add("--top_p", type=float, default=0.95, help="mass of the likeliest tokens kept; 1: all (default: %(default)s; golden's KL: 1)")
+        add("--temperature", type=number(least=0), default=0.7, help="0: the likeliest token always (default: %(default)s; golden's KL: 1)")
+        add("--top_p", type=number(above=0), default=0.95, help="mass of the likeliest tokens kept; 1: all (default: %(default)s; golden's KL: 1)")
         add("--max_new_tokens", type=positive_int, help="tokens of a completion at most (preset)")
     for name in ("sample", "label", "golden", "bench"):
         add = flags[name].add_argument
         add("--preset", choices=list(PRESETS), help="set of defaults; a flag given wins (default: toy; paper if a model or data is given)")
         add("--max_prompt_length", type=positive_int, help="tokens of the prompt at most; of longer ones the end is kept (preset)")
-        add("--seed", type=int, default=0, help="of everything drawn at random (default: %(default)s)")
+        add("--seed", type=number(int, least=0, below=2**63), default=0, help="of everything drawn at random (default: %(default)s)")
         add("--batch_size", type=positive_int, default=64, help="completions per rank at a time; lower it when memory runs out"
             " (default: %(default)s)")
         add("--precision", choices=["bf16", "fp32", "fp64"], default="bf16" if torch.cuda.is_available() else "fp32",
@@ -345,8 +345,8 @@ def parse_args(argv=None):
     for flag in ("model", "ref", "rm", "data"):
         if flag in vars(args) and not getattr(args, flag):
             parser.error(f"--{flag} is missing")
-    if (getattr(args, "temperature", None) or 0) < 0 or not 0 < getattr(args, "top_p", 1) <= 1:
-        parser.error(f"--temperature {args.temperature} --top_p {args.top_p}: must be at least 0, and in (0, 1]")
+    if getattr(args, "top_p", 1) > 1:
+        parser.error(f"--top_p {args.top_p}: must be at most 1")
     if "max_length" in vars(args) and args.max_prompt_length >= args.max_length:
         parser.error(f"--max_prompt_length {args.max_prompt_length} leaves no room in --max_length {args.max_length}")
     return args
@@ -357,15 +357,27 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is a UserError, so that one rank says it once."""
 
     def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
+        raise WrongFlag(f"{message} (--help lists the flags)")
 
 
+def number(kind=float, least=-math.inf, above=-math.inf, below=math.inf, infinite=False):
+    """A flag's type: int or float within these bounds. NaN never is; infinity is with `infinite` alone."""
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
+    def convert(text):
+        value = kind(text)
+        if not (least <= value and above < value < below or infinite and value == math.inf):
+            bounds = [("at least", least), ("above", above), ("below", below)]
+            bounds = [f"{word} {bound:,}" for word, bound in bounds if math.isfinite(bound)]
+            bounds += ["a number or inf" if infinite else "finite"] if below == math.inf else []
+            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds)}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    return convert
+
+
+count = number(int, least=0, below=2**31)
+positive_int = number(int, least=1, below=2**31)
 # --- end shared: parser ---
 
 
@@ -459,7 +471,6 @@ def batch_tensors(rows, predict, device, **lists):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-
 def deal(lengths, micro_batch_size, world):
     """Deal a step's examples, whose token counts are `lengths`, to rounds of micro-batches -> rounds[k][rank] = [example].
 
@@ -479,24 +490,31 @@ class UserError(ValueError):
     """A mistake its user can mend: said once, in one line, without a traceback."""
 
 
+class WrongFlag(UserError):
+    """A mistake on the command line: exit code 2, as argparse has it."""
+
+
+# What a disk or a path may answer: the user's to mend. Any other OSError is a mistake of ours and keeps its traceback.
+USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+               errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+
 
 def guard(main):
-    """Run main and turn a user's mistake into one line and exit code 1. Ranks above 0 let rank 0 speak first: torchrun ends
-    them when it exits; if rank 0 saw nothing wrong, they speak for themselves."""
+    """Run main and turn a user's mistake into one line and exit code 1 (2: a wrong flag). Ranks above 0 let rank 0 speak first:
+    torchrun ends them when it exits; if rank 0 saw nothing wrong, they speak for themselves."""
     code = None
     try:
         code = main()  # returns, and does not raise, its exit code: what a traceback keeps alive hangs at exit, now and then
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
             raise
         time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        os._exit(1)  # no clean-up that would wait for other ranks
+        os._exit(2 if isinstance(error, WrongFlag) else 1)  # no clean-up that would wait for other ranks
     except KeyboardInterrupt:  # before training there is nothing to save
         os._exit(130)
     dist.destroy_process_group()
     sys.exit(code)
-
 
 
 def start(seed, timeout):
@@ -514,14 +532,15 @@ def start(seed, timeout):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-
 def on_rank_0(function):
-    """Run it on rank 0 and give its result, or its UserError, to every rank."""
+    """Run it on rank 0 and give its result, or what it says is wrong, to every rank."""
     box = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
+                raise
             box[1] = str(error)
     dist.broadcast_object_list(box)
     if box[1] is not None:
@@ -577,7 +596,7 @@ def read_rows(source, held_out, recipes):
                 rows = importlib.import_module("datasets").load_dataset(name, split=test if held_out else train)
             except ImportError:
                 raise UserError(f"{part}: reading from the Hub needs `pip install datasets`") from None
-            except (OSError, ValueError) as error:
+            except Exception as error:  # `datasets` has classes of its own for what it cannot read
                 raise UserError(f"{part}: no such file, recipe ({', '.join(recipes)}) or readable Hub dataset: {error}") from None
             yield from ((f"{part}[{n}]", convert(row)) for n, row in enumerate(rows))
         else:
@@ -591,16 +610,25 @@ def read_jsonl(path):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=distinct_keys)
                     yield f"{path}:{number}", row if isinstance(row, dict) else {}
     except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}:{number}: nested too deeply") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: broken after line {number}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a directory, not a file") from None
+
+
+def distinct_keys(pairs):
+    """A JSON object of which no value is lost: json itself would keep the last of two."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return row
 
 
 def ids_sha256(rows):
@@ -641,8 +669,8 @@ def load_tokenizer(directory):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever a broken file leads to; `tokenizers` itself raises no other class
             raise UserError(f"{directory}: no tokenizer that transformers can load: {error}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
@@ -737,16 +765,29 @@ class LlamaConfig:
     mlp_bias: bool
 
 
+def read_json(path):
+    """The object in a JSON file of somebody else's. Raises UserError where there is none."""
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return raw
+
+
 def read_config(path):
     """config.json (old dialect: rope_theta, rope_scaling; transformers 5: rope_parameters) -> LlamaConfig.
     Raises UserError, naming it, for whatever this forward does not compute."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    rope = dict(rope_theta=raw.get("rope_theta", 10000.0)) | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    raw = read_json(path)
+    if (generation := path.with_name("generation_config.json")).exists():
+        read_json(generation)  # the first checkpoint needs it: said now if it is broken
+    rope = [raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}]
+    if not all(isinstance(part, dict) for part in rope):
+        raise UserError(f"{path}: rope_scaling or rope_parameters is {rope!r:.100}: not an object")
+    rope = dict(rope_theta=raw.get("rope_theta", 10000.0)) | rope[0] | rope[1]
     rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
     raw["partial_rotary_factor"] = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     for key, value, known in (("model_type", raw.get("model_type"), ("llama",)), ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
@@ -754,12 +795,26 @@ def read_config(path):
                               ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0), (1.0,)),
                               ("quantization_config", raw.get("quantization_config"), (None,))):
         if value not in known:
-            raise UserError(f"{path}: {key} is {value!r}; known: {', '.join(map(repr, known))}")
+            raise UserError(f"{path}: {key} is {value!r:.100}; known: {', '.join(map(repr, known))}")
     needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     missing = [k for k in needed if k not in raw] + [k for k in scaling if rope["rope_type"] == "llama3" and k not in rope]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing")
+    limits = dict.fromkeys([*needed, "head_dim", "num_key_value_heads"], 2**24) | dict(num_hidden_layers=1000)
+    for key, most in limits.items():
+        if (key in needed or raw.get(key)) and not (type(raw[key]) is int and 0 < raw[key] <= most):
+            raise UserError(f"{path}: {key} is {raw[key]!r:.100}: must be a whole number from 1 to {most:,}")
+    numbers = {key: raw[key] for key in ("rms_norm_eps", "initializer_range") if key in raw}
+    for key, value in (numbers | {key: rope[key] for key in ("rope_theta", *scaling) if key in rope}).items():
+        if type(value) not in (int, float) or not 0 < value < 1e12:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if type(raw.get(key, False)) is not bool:
+            raise UserError(f"{path}: {key} is {raw[key]!r:.100}: must be true or false")
+    if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise UserError(f"{path}: low_freq_factor {rope['low_freq_factor']} must be below high_freq_factor"
+                        f" {rope['high_freq_factor']}")
     heads = raw["num_attention_heads"]
     head_dim, kv_heads = raw.get("head_dim") or raw["hidden_size"] // heads, raw.get("num_key_value_heads") or heads
     if raw["hidden_size"] % heads or heads % kv_heads or head_dim % 2:
@@ -885,11 +940,22 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
+def memory_bytes(device):
+    """All the memory of a GPU, or of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def build(make, device, precision, shard, compile_layers, checkpoint_activations):
     """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each rank, or
     with `shard` FSDP2's share of it."""
     with torch.device("meta"):
         model = make()
+    need, have = 4 * sum(param.numel() for param in model.parameters()), memory_bytes(device)
+    if need > have * (dist.get_world_size() if shard else 1):
+        raise UserError(f"the model of this config.json needs {need / 1e9:,.0f} GB for its weights in float32; {device} has"
+                        f" {have / 1e9:,.0f} GB")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
     if compile_layers:
@@ -916,7 +982,6 @@ def find_model(name):
         raise UserError(f"{name}: no such directory, and not on the Hub: {error}") from None
 
 
-
 def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
@@ -924,11 +989,9 @@ def open_safetensors(path):
         raise UserError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 
 def weights_sha256(directory):
@@ -937,22 +1000,22 @@ def weights_sha256(directory):
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 
-
 def verify(directory):
     """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's. Raises
     UserError naming the first file that is damaged."""
     manifest, damaged = directory / "manifest.json", None
     if manifest.exists() or (directory / "trainer").exists():
+        found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
         try:
-            digests = json.loads(manifest.read_text())
-            damaged = next((n for n, d in digests.items() if not (directory / n).exists() or sha256(directory / n) != d), None)
-        except (OSError, ValueError):
+            digests = read_json(manifest)
+            names = digests.keys() | {name for name in found if ".safetensors" in name}  # weights that somebody put there, too
+            damaged = next((n for n in sorted(names) if n not in found or digests.get(n) != sha256(directory / n)), None)
+        except UserError:
             damaged = manifest.name
     if damaged:
-        raise UserError(f"{directory / damaged} is missing or differs from what was written: restore it, or delete {directory} and"
+        raise UserError(f"{directory / damaged} is missing, new or not what was written: restore it, or delete {directory} and"
                         " go on from the checkpoint before")
     return directory
-
 
 
 def share_like(param, tensor):
@@ -961,17 +1024,33 @@ def share_like(param, tensor):
     return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None) if isinstance(param, DTensor) else tensor
 
 
+def open_weights(directory):
+    """-> {tensor name: the open file that holds it}, of model.safetensors or of the files in this directory that its index names.
+    Raises UserError where the two do not agree."""
+    index, weight_map = directory / "model.safetensors.index.json", {}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        plain = (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name for name in names)
+        if not names or not all(plain):
+            raise UserError(f"{index}: weight_map must name .safetensors files in this directory")
+    names = sorted(set(weight_map.values())) or ["model.safetensors"]
+    if not (directory / names[0]).exists():
+        raise UserError(f"{directory}: no {names[0]} (pickled weights, *.bin, are never read: convert them)")
+    files = {name: open_safetensors(directory / name) for name in names}
+    held = {name: set(file.keys()) for name, file in files.items()}
+    for tensor, name in weight_map.items():
+        if tensor not in held[name]:
+            raise UserError(f"{directory / name}: lacks {tensor}, which the index says it holds: a file of another model")
+    return {tensor: files[name] for name in names for tensor in held[name]}
+
 
 @torch.no_grad()
 def load_weights(model, directory, new=(), drop=()):
     """Fill every parameter from the directory's safetensors, one or sharded. Strict: raises UserError naming a missing, extra
     or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop` unread. Returns the model."""
     directory = verify(directory)
-    index = directory / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    if not (directory / files[0]).exists():
-        raise UserError(f"{directory}: no model.safetensors (pickled weights, *.bin, are never read: convert them)")
-    files = {name: file for file in map(open_safetensors, (directory / f for f in files)) for name in file.keys()}
+    files = open_weights(directory)
     params = {name: param for name, param in model.named_parameters() if name not in new}
     # Left out: rotary tables, which old exports hold and the config determines; the second copy of a tied head.
     extra = sorted(name for name in files.keys() - params.keys() - {*drop} if not name.endswith("rotary_emb.inv_freq"))
@@ -983,12 +1062,13 @@ def load_weights(model, directory, new=(), drop=()):
         raise UserError(f"{directory}: the weights do not fit config.json: missing {missing[:4]}, extra {extra[:4]}"
                         f" ({len(missing)} and {len(extra)} in all)")
     for name, param in params.items():
-        shape = files[name].get_slice(name).get_shape()
+        shape, dtype = files[name].get_slice(name).get_shape(), files[name].get_slice(name).get_dtype()
         if shape != list(param.shape):
             raise UserError(f"{directory}: {name} has shape {shape}, config.json says {list(param.shape)}")
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{directory}: {name} is {dtype}, not a float of 16 bits or more: the weights are quantized")
         param.copy_(share_like(param, files[name].get_tensor(name)))
     return model
-
 
 
 def settle(path):
@@ -1002,14 +1082,17 @@ def settle(path):
     os.close(descriptor)
 
 
-
 def write_aside(path, write):
     """write(temporary path), settle and rename: `path` is whole or as it was."""
     aside = path.with_name(f".{path.name}.tmp")
-    write(aside)
-    settle(aside)
-    os.replace(aside, path)
-    settle(path.parent)
+    try:
+        write(aside)
+        settle(aside)
+        os.replace(aside, path)
+        settle(path.parent)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}") from None
 # --- end shared: load ---
 
 
@@ -1542,7 +1625,7 @@ def api_flags(parser, required):
         " http://localhost:8000/v1; the key comes from OPENAI_API_KEY")
     add("--concurrency", type=positive_int, default=8, help="requests under way at a time (default: %(default)s)")
     add("--request_timeout", type=positive_int, default=120, help="seconds that a request may take (default: %(default)s)")
-    add("--retries", type=int, default=8, help="times that a request is repeated after 429, 5xx, a time-out or a lost"
+    add("--retries", type=count, default=8, help="times that a request is repeated after 429, 5xx, a time-out or a lost"
         " connection; 0: never (default: %(default)s)")
 
 
@@ -1561,8 +1644,6 @@ def connect(args):
         raise UserError(f"{args.api} wants a key: set OPENAI_API_KEY in the environment")
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
-    if args.retries < 0:
-        raise UserError(f"--retries {args.retries}: must be at least 0")
     return openai.OpenAI(api_key=key or "no-key-is-set", base_url=args.api, timeout=args.request_timeout, max_retries=args.retries)
 
 
@@ -1661,7 +1742,7 @@ def judge_flags(parser):
     add("--against", help="... with those of the same prompt and index in this file (default: with the first reference)")
     add("--prompt", choices=list(PROMPTS), default="hh", help="hh: the paper's Table 2, for dialogues; tldr: Rafailov et al."
         " 2023, C.2, for summaries (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of who is A and who is B (default: %(default)s)")
+    add("--seed", type=number(int, least=0, below=2**63), default=0, help="seed of who is A and who is B (default: %(default)s)")
     add("--suite", choices=["mt_bench"], help="grade answers instead of comparing samples; needs the next four files")
     add("--answers", help="mt_bench: the answers, as FastChat and `bench` write them")
     add("--questions", help="mt_bench: FastChat's question.jsonl")
@@ -1866,7 +1947,7 @@ def plot_flags(parser):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run directories of train_pref.py, on the same data, that `golden` has evaluated")
     add("--out", default="figs", help="directory for the figures, their rows and the table (default: %(default)s)")
-    add("--log_eps", type=float, default=1.0, help="is_*: runs with this one are in figures 3, 4, 6 and the paired differences,"
+    add("--log_eps", type=number(least=0, infinite=True), default=1.0, help="is_*: runs with this one are in figures 3, 4, 6 and the paired differences,"
         " nats; inf: no cap (default: %(default)s)")
 
 

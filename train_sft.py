@@ -208,15 +208,27 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is a UserError, so that one rank says it once."""
 
     def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
+        raise WrongFlag(f"{message} (--help lists the flags)")
 
 
+def number(kind=float, least=-math.inf, above=-math.inf, below=math.inf, infinite=False):
+    """A flag's type: int or float within these bounds. NaN never is; infinity is with `infinite` alone."""
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
+    def convert(text):
+        value = kind(text)
+        if not (least <= value and above < value < below or infinite and value == math.inf):
+            bounds = [("at least", least), ("above", above), ("below", below)]
+            bounds = [f"{word} {bound:,}" for word, bound in bounds if math.isfinite(bound)]
+            bounds += ["a number or inf" if infinite else "finite"] if below == math.inf else []
+            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds)}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    return convert
+
+
+count = number(int, least=0, below=2**31)
+positive_int = number(int, least=1, below=2**31)
 # --- end shared: parser ---
 
 
@@ -230,16 +242,18 @@ def common_flags(parser, presets):
     add("--data", help="training data: .jsonl[.gz], recipe name or Hub id; a+b pools two (preset)")
     add("--eval_data", help="held-out data, likewise; '' for none (preset)")
     add("--out", default=None, help="run directory; run again with it to resume (default: named after the flags, in out/)")
-    add("--seed", type=int, default=0, help="seed of the data order and of random weights (default: %(default)s)")
+    add("--seed", type=number(int, least=0, below=2**63), default=0, help="seed of the data order and of random weights (default:"
+        " %(default)s)")
     add("--epochs", type=positive_int, help="passes over the data (preset)")
-    add("--max_steps", type=int, default=0, help="stop after this many optimizer steps; 0: no limit (default: %(default)s)")
+    add("--max_steps", type=count, default=0, help="stop after this many optimizer steps; 0: no limit (default: %(default)s)")
     add("--batch_size", type=positive_int, help="examples per optimizer step, over all ranks (preset)")
     add("--micro_batch_size", type=positive_int, help="rows per rank per forward; lower it when memory runs out (preset)")
-    add("--lr", type=float, help="peak learning rate; cosine to 10%% of it (preset)")
-    add("--warmup_steps", type=int, help="optimizer steps of linear warm-up; 0: none (preset)")
-    add("--weight_decay", type=float, default=0.0, help="AdamW weight decay; 0: off (default: %(default)s)")
-    add("--adam_eps", type=float, default=1e-5, help="AdamW epsilon (default: %(default)s, the authors')")
-    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping (default: %(default)s)")
+    add("--lr", type=number(least=0), help="peak learning rate; cosine to 10%% of it (preset)")
+    add("--warmup_steps", type=count, help="optimizer steps of linear warm-up; 0: none (preset)")
+    add("--weight_decay", type=number(least=0), default=0.0, help="AdamW weight decay; 0: off (default: %(default)s)")
+    add("--adam_eps", type=number(above=0), default=1e-5, help="AdamW epsilon, > 0 (default: %(default)s, the authors')")
+    add("--grad_clip", type=number(least=0), default=1.0, help="largest global gradient norm; 0: no clipping (default:"
+        " %(default)s)")
     add("--max_length", type=positive_int, help="tokens of prompt + response at most (preset)")
     add("--max_prompt_length", type=positive_int, help="tokens of the prompt at most, below --max_length (preset)")
     add("--truncation", choices=["keep_end", "keep_start", "drop"], default="keep_end", help="a prompt that is too long"
@@ -250,13 +264,12 @@ def common_flags(parser, presets):
     add("--shard", action=argparse.BooleanOptionalAction, default=False, help="FSDP2: weights, gradients and optimizer state"
         " divided by the ranks; --no-shard: DDP (preset, or DDP)")
     add("--checkpoint_activations", action="store_true", help="recompute layers in backward: less memory (default: off)")
-    add("--save_every", type=int, help="optimizer steps between checkpoints; 0: only on a signal (preset)")
-    add("--eval_every", type=int, help="optimizer steps between evaluations on --eval_data; 0: never (preset)")
-    add("--keep", type=int, default=0, help="newest checkpoints kept; 0: all (default: %(default)s)")
+    add("--save_every", type=count, help="optimizer steps between checkpoints; 0: only on a signal (preset)")
+    add("--eval_every", type=count, help="optimizer steps between evaluations on --eval_data; 0: never (preset)")
+    add("--keep", type=count, default=0, help="newest checkpoints kept; 0: all (default: %(default)s)")
     add("--track", choices=["none", "tensorboard", "wandb", "trackio"], default="none", help="a dashboard besides the JSON lines")
     add("--resume", choices=["auto", "never"], default="auto", help="never: refuse an --out that is not empty")
     add("--timeout", type=positive_int, default=1800, help="seconds after which a rank that hangs ends the run (default: %(default)s)")
-
 
 
 def parse_with_preset(parser, presets, argv):
@@ -267,6 +280,8 @@ def parse_with_preset(parser, presets, argv):
     parser.set_defaults(**presets[preset])
     parser.set_defaults(preset=preset)
     args = parser.parse_args(argv)
+    if not args.model:
+        parser.error("--model is empty: give a model directory or Hub id, or leave it out")
     if not args.data:
         parser.error("--data is missing: give a file, recipe or Hub id, or another --preset")
     if args.max_prompt_length >= args.max_length:
@@ -283,7 +298,6 @@ def batch_tensors(rows, predict, device, **lists):
     batch = dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=torch.tensor([b * T + t for b, t in predict]))
     batch |= {name: torch.tensor(values) for name, values in lists.items()}
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
 
 
 def deal(lengths, micro_batch_size, world):
@@ -308,14 +322,12 @@ def epoch_order(n, seed, epoch):
     return order
 
 
-
 def learning_rate(step, total, warmup_steps, peak):
     """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it at `total`; step counts from 1."""
     if step <= warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total - warmup_steps)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-
 
 
 def clip_and_step(model, optimizer, grad_clip, finite):
@@ -339,24 +351,31 @@ class UserError(ValueError):
     """A mistake its user can mend: said once, in one line, without a traceback."""
 
 
+class WrongFlag(UserError):
+    """A mistake on the command line: exit code 2, as argparse has it."""
+
+
+# What a disk or a path may answer: the user's to mend. Any other OSError is a mistake of ours and keeps its traceback.
+USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+               errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+
 
 def guard(main):
-    """Run main and turn a user's mistake into one line and exit code 1. Ranks above 0 let rank 0 speak first: torchrun ends
-    them when it exits; if rank 0 saw nothing wrong, they speak for themselves."""
+    """Run main and turn a user's mistake into one line and exit code 1 (2: a wrong flag). Ranks above 0 let rank 0 speak first:
+    torchrun ends them when it exits; if rank 0 saw nothing wrong, they speak for themselves."""
     code = None
     try:
         code = main()  # returns, and does not raise, its exit code: what a traceback keeps alive hangs at exit, now and then
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
             raise
         time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        os._exit(1)  # no clean-up that would wait for other ranks
+        os._exit(2 if isinstance(error, WrongFlag) else 1)  # no clean-up that would wait for other ranks
     except KeyboardInterrupt:  # before training there is nothing to save
         os._exit(130)
     dist.destroy_process_group()
     sys.exit(code)
-
 
 
 def start(seed, timeout):
@@ -374,14 +393,15 @@ def start(seed, timeout):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-
 def on_rank_0(function):
-    """Run it on rank 0 and give its result, or its UserError, to every rank."""
+    """Run it on rank 0 and give its result, or what it says is wrong, to every rank."""
     box = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
+                raise
             box[1] = str(error)
     dist.broadcast_object_list(box)
     if box[1] is not None:
@@ -413,7 +433,6 @@ class Stop:
         return signum.item()
 
 
-
 def run_header(script, args, world, device, **more):
     """What a run must say of itself: the first line of metrics.jsonl."""
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -422,25 +441,28 @@ def run_header(script, args, world, device, **more):
     return dict(script=script, args=vars(args), commit=commit or None, versions=versions, device=name, world=world, **more)
 
 
-
 def open_metrics(path, header, resumed):
     """metrics.jsonl, ready for the lines after those of the checkpoint `resumed`, or with the header alone. Later lines go (they
     will be written again, the same), and a line that a kill cut in two."""
     kept = [json.dumps(header)]
     if resumed:
         lines, step = path.read_text().split("\n")[:-1], int(resumed.name.removeprefix("step_"))
-        kept = lines[:1] + [line for line in lines[1:] if json.loads(line)["step"] <= step]
+        try:
+            kept = lines[:1] + [line for line in lines[1:] if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} has a line that is no metric line: it was changed; restore it or delete that line") from None
     write_aside(path, lambda aside: aside.write_text("\n".join(kept) + "\n"))
     return path.open("a")
-
 
 
 def write_metrics(file, metrics):
     """One JSON line. JSON has no NaN: what is not finite is written as null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-    file.write(json.dumps(clean) + "\n")
-    file.flush()
-
+    try:
+        file.write(json.dumps(clean) + "\n")
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {file.name}: {error}; the last checkpoint is intact") from None
 
 
 def make_tracker(kind, out, args):
@@ -456,7 +478,6 @@ def make_tracker(kind, out, args):
         raise UserError(f"--track {kind}: {error}; pip install {kind}") from None
     module.init(project="is-daa", name=out.name, config=vars(args))
     return lambda metrics, step: module.log(metrics, step=step)
-
 
 
 def memory_gb(device):
@@ -514,7 +535,7 @@ def read_rows(source, held_out, recipes):
                 rows = importlib.import_module("datasets").load_dataset(name, split=test if held_out else train)
             except ImportError:
                 raise UserError(f"{part}: reading from the Hub needs `pip install datasets`") from None
-            except (OSError, ValueError) as error:
+            except Exception as error:  # `datasets` has classes of its own for what it cannot read
                 raise UserError(f"{part}: no such file, recipe ({', '.join(recipes)}) or readable Hub dataset: {error}") from None
             yield from ((f"{part}[{n}]", convert(row)) for n, row in enumerate(rows))
         else:
@@ -528,16 +549,25 @@ def read_jsonl(path):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=distinct_keys)
                     yield f"{path}:{number}", row if isinstance(row, dict) else {}
     except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}:{number}: nested too deeply") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: broken after line {number}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a directory, not a file") from None
+
+
+def distinct_keys(pairs):
+    """A JSON object of which no value is lost: json itself would keep the last of two."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return row
 
 
 def ids_sha256(rows):
@@ -578,8 +608,8 @@ def load_tokenizer(directory):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever a broken file leads to; `tokenizers` itself raises no other class
             raise UserError(f"{directory}: no tokenizer that transformers can load: {error}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
@@ -674,16 +704,29 @@ class LlamaConfig:
     mlp_bias: bool
 
 
+def read_json(path):
+    """The object in a JSON file of somebody else's. Raises UserError where there is none."""
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return raw
+
+
 def read_config(path):
     """config.json (old dialect: rope_theta, rope_scaling; transformers 5: rope_parameters) -> LlamaConfig.
     Raises UserError, naming it, for whatever this forward does not compute."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    rope = dict(rope_theta=raw.get("rope_theta", 10000.0)) | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    raw = read_json(path)
+    if (generation := path.with_name("generation_config.json")).exists():
+        read_json(generation)  # the first checkpoint needs it: said now if it is broken
+    rope = [raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}]
+    if not all(isinstance(part, dict) for part in rope):
+        raise UserError(f"{path}: rope_scaling or rope_parameters is {rope!r:.100}: not an object")
+    rope = dict(rope_theta=raw.get("rope_theta", 10000.0)) | rope[0] | rope[1]
     rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
     raw["partial_rotary_factor"] = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     for key, value, known in (("model_type", raw.get("model_type"), ("llama",)), ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
@@ -691,12 +734,26 @@ def read_config(path):
                               ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0), (1.0,)),
                               ("quantization_config", raw.get("quantization_config"), (None,))):
         if value not in known:
-            raise UserError(f"{path}: {key} is {value!r}; known: {', '.join(map(repr, known))}")
+            raise UserError(f"{path}: {key} is {value!r:.100}; known: {', '.join(map(repr, known))}")
     needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     missing = [k for k in needed if k not in raw] + [k for k in scaling if rope["rope_type"] == "llama3" and k not in rope]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing")
+    limits = dict.fromkeys([*needed, "head_dim", "num_key_value_heads"], 2**24) | dict(num_hidden_layers=1000)
+    for key, most in limits.items():
+        if (key in needed or raw.get(key)) and not (type(raw[key]) is int and 0 < raw[key] <= most):
+            raise UserError(f"{path}: {key} is {raw[key]!r:.100}: must be a whole number from 1 to {most:,}")
+    numbers = {key: raw[key] for key in ("rms_norm_eps", "initializer_range") if key in raw}
+    for key, value in (numbers | {key: rope[key] for key in ("rope_theta", *scaling) if key in rope}).items():
+        if type(value) not in (int, float) or not 0 < value < 1e12:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if type(raw.get(key, False)) is not bool:
+            raise UserError(f"{path}: {key} is {raw[key]!r:.100}: must be true or false")
+    if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise UserError(f"{path}: low_freq_factor {rope['low_freq_factor']} must be below high_freq_factor"
+                        f" {rope['high_freq_factor']}")
     heads = raw["num_attention_heads"]
     head_dim, kv_heads = raw.get("head_dim") or raw["hidden_size"] // heads, raw.get("num_key_value_heads") or heads
     if raw["hidden_size"] % heads or heads % kv_heads or head_dim % 2:
@@ -822,11 +879,22 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
+def memory_bytes(device):
+    """All the memory of a GPU, or of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def build(make, device, precision, shard, compile_layers, checkpoint_activations):
     """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each rank, or
     with `shard` FSDP2's share of it."""
     with torch.device("meta"):
         model = make()
+    need, have = 4 * sum(param.numel() for param in model.parameters()), memory_bytes(device)
+    if need > have * (dist.get_world_size() if shard else 1):
+        raise UserError(f"the model of this config.json needs {need / 1e9:,.0f} GB for its weights in float32; {device} has"
+                        f" {have / 1e9:,.0f} GB")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
     if compile_layers:
@@ -877,7 +945,6 @@ def find_model(name):
         raise UserError(f"{name}: no such directory, and not on the Hub: {error}") from None
 
 
-
 def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
@@ -885,11 +952,9 @@ def open_safetensors(path):
         raise UserError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 
 def weights_sha256(directory):
@@ -898,22 +963,22 @@ def weights_sha256(directory):
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 
-
 def verify(directory):
     """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's. Raises
     UserError naming the first file that is damaged."""
     manifest, damaged = directory / "manifest.json", None
     if manifest.exists() or (directory / "trainer").exists():
+        found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
         try:
-            digests = json.loads(manifest.read_text())
-            damaged = next((n for n, d in digests.items() if not (directory / n).exists() or sha256(directory / n) != d), None)
-        except (OSError, ValueError):
+            digests = read_json(manifest)
+            names = digests.keys() | {name for name in found if ".safetensors" in name}  # weights that somebody put there, too
+            damaged = next((n for n in sorted(names) if n not in found or digests.get(n) != sha256(directory / n)), None)
+        except UserError:
             damaged = manifest.name
     if damaged:
-        raise UserError(f"{directory / damaged} is missing or differs from what was written: restore it, or delete {directory} and"
+        raise UserError(f"{directory / damaged} is missing, new or not what was written: restore it, or delete {directory} and"
                         " go on from the checkpoint before")
     return directory
-
 
 
 def share_like(param, tensor):
@@ -922,17 +987,33 @@ def share_like(param, tensor):
     return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None) if isinstance(param, DTensor) else tensor
 
 
+def open_weights(directory):
+    """-> {tensor name: the open file that holds it}, of model.safetensors or of the files in this directory that its index names.
+    Raises UserError where the two do not agree."""
+    index, weight_map = directory / "model.safetensors.index.json", {}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        plain = (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name for name in names)
+        if not names or not all(plain):
+            raise UserError(f"{index}: weight_map must name .safetensors files in this directory")
+    names = sorted(set(weight_map.values())) or ["model.safetensors"]
+    if not (directory / names[0]).exists():
+        raise UserError(f"{directory}: no {names[0]} (pickled weights, *.bin, are never read: convert them)")
+    files = {name: open_safetensors(directory / name) for name in names}
+    held = {name: set(file.keys()) for name, file in files.items()}
+    for tensor, name in weight_map.items():
+        if tensor not in held[name]:
+            raise UserError(f"{directory / name}: lacks {tensor}, which the index says it holds: a file of another model")
+    return {tensor: files[name] for name in names for tensor in held[name]}
+
 
 @torch.no_grad()
 def load_weights(model, directory, new=(), drop=()):
     """Fill every parameter from the directory's safetensors, one or sharded. Strict: raises UserError naming a missing, extra
     or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop` unread. Returns the model."""
     directory = verify(directory)
-    index = directory / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    if not (directory / files[0]).exists():
-        raise UserError(f"{directory}: no model.safetensors (pickled weights, *.bin, are never read: convert them)")
-    files = {name: file for file in map(open_safetensors, (directory / f for f in files)) for name in file.keys()}
+    files = open_weights(directory)
     params = {name: param for name, param in model.named_parameters() if name not in new}
     # Left out: rotary tables, which old exports hold and the config determines; the second copy of a tied head.
     extra = sorted(name for name in files.keys() - params.keys() - {*drop} if not name.endswith("rotary_emb.inv_freq"))
@@ -944,12 +1025,13 @@ def load_weights(model, directory, new=(), drop=()):
         raise UserError(f"{directory}: the weights do not fit config.json: missing {missing[:4]}, extra {extra[:4]}"
                         f" ({len(missing)} and {len(extra)} in all)")
     for name, param in params.items():
-        shape = files[name].get_slice(name).get_shape()
+        shape, dtype = files[name].get_slice(name).get_shape(), files[name].get_slice(name).get_dtype()
         if shape != list(param.shape):
             raise UserError(f"{directory}: {name} has shape {shape}, config.json says {list(param.shape)}")
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{directory}: {name} is {dtype}, not a float of 16 bits or more: the weights are quantized")
         param.copy_(share_like(param, files[name].get_tensor(name)))
     return model
-
 
 
 def settle(path):
@@ -963,14 +1045,17 @@ def settle(path):
     os.close(descriptor)
 
 
-
 def write_aside(path, write):
     """write(temporary path), settle and rename: `path` is whole or as it was."""
     aside = path.with_name(f".{path.name}.tmp")
-    write(aside)
-    settle(aside)
-    os.replace(aside, path)
-    settle(path.parent)
+    try:
+        write(aside)
+        settle(aside)
+        os.replace(aside, path)
+        settle(path.parent)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}") from None
 # --- end shared: load ---
 
 
@@ -981,7 +1066,6 @@ def whole(tensor):
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     # A copy: what was gathered from uneven shares is a view of a padded whole, which safetensors would refuse.
     return tensor.to("cpu", copy=True).contiguous() if dist.get_rank() == 0 else None
-
 
 
 def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=None, head=None):
@@ -1023,13 +1107,15 @@ def save_checkpoint(directory, model, tokenizer, source, optimizer=None, state=N
     on_rank_0(finish)
 
 
-
 def write_model_files(directory, tokenizer, source, head=None):
     """config.json, the tokenizer and, for a language model, generation_config.json beside the weights, from the model at `source`."""
     config = json.loads((source / "config.json").read_text()) | (head or dict(architectures=["LlamaForCausalLM"])) | dict(dtype="float32")
     config.pop("torch_dtype", None)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    tokenizer.save_pretrained(directory)
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # of no narrower class: what `tokenizers` raises when the disk is full
+        raise OSError(str(error)) from None
     if head:
         return
     generation = source / "generation_config.json"
@@ -1039,7 +1125,6 @@ def write_model_files(directory, tokenizer, source, head=None):
     if tokenizer.eos_token_id not in stops:  # what training wrote at the end of each response must stop generation
         generation["eos_token_id"] = [*stops, tokenizer.eos_token_id]
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
-
 
 
 def publish(aside, directory):
@@ -1053,10 +1138,13 @@ def publish(aside, directory):
     settle(directory.parent)
 
 
-
 # Flags that fit a run to its machine or say what it keeps; every other flag must be the same when a run resumes.
 FREE_FLAGS = {"resume", "keep", "track", "timeout", "micro_batch_size", "shard", "checkpoint_activations", "compile", "out"}
 
+
+def checkpoints(out):
+    """The checkpoints of a run, oldest first. Other names (step_000500.bak) are not ours."""
+    return sorted((path for path in out.glob("step_*") if path.name[5:].isdecimal()), key=lambda path: int(path.name[5:]))
 
 
 def checkpoint_to_resume(out, header):
@@ -1075,11 +1163,12 @@ def checkpoint_to_resume(out, header):
     differ = [f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in sorted({*then, *now} - FREE_FLAGS) if then.get(k) != now.get(k)]
     if differ:
         raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out")
+    for leftover in (*out.glob(".step_*"), out / ".final.tmp"):  # of a kill: half a checkpoint written, or half of one deleted
+        shutil.rmtree(leftover, ignore_errors=True)
     if (out / "final").exists():
         return out / "final"
-    steps = sorted(out.glob("step_*"))
+    steps = checkpoints(out)
     return verify(steps[-1]) if steps else None
-
 
 
 @torch.no_grad()
@@ -1100,10 +1189,9 @@ def load_trainer(directory, model, optimizer):
     return state
 
 
-
 def prune(out, keep):
     """Delete all but the newest `keep` checkpoints (0: none is deleted), each renamed first so that none is half there."""
-    for directory in sorted(out.glob("step_*"))[: -keep or 0] if keep else []:
+    for directory in checkpoints(out)[:-keep] if keep else []:
         doomed = directory.with_name(f".{directory.name}.old")
         os.rename(directory, doomed)
         shutil.rmtree(doomed)
@@ -1203,14 +1291,16 @@ def main():
                 f" | {metrics['tokens_per_s']:.0f} tok/s" + ("" if applied else " | NOT FINITE: skipped")
                 + (f" || held out: loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""))
             bar.update()
-        if state["skipped_in_a_row"] == 10:
-            raise UserError(f"10 steps in a row had a loss or gradient that is not finite, up to step {step}: lower --lr, or look"
-                            f" at the data; the weights are those of the last good step, the last checkpoint is in {out}")
 
-        signum = stop.agreed(device)
-        if signum or (args.save_every and step % args.save_every == 0):
+        signum, diverged = stop.agreed(device), state["skipped_in_a_row"] == 10
+        if diverged:
+            state["skipped_in_a_row"] = 0  # whoever goes on from here has ten more
+        if signum or diverged or (args.save_every and step % args.save_every == 0):
             save_checkpoint(out / f"step_{step:06d}", policy, tokenizer, model_dir, optimizer, state)
             on_rank_0(lambda: prune(out, args.keep))
+        if diverged:
+            raise UserError(f"10 steps in a row had a loss or gradient that is not finite, up to step {step}: lower --lr, or look at"
+                            f" the data; {out}/step_{step:06d} holds the weights of the last good step")
         if signum:
             say(f"stopped by signal {signum} after step {step}; the same command goes on from there")
             return 128 + signum

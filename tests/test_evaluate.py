@@ -587,10 +587,12 @@ def test_bench_alpaca_eval(run_script, policy_dir, tmp_path):
 
 def test_flags_say_what_is_wrong(run_script, tmp_path):
     run = run_script("evaluate")
-    for argv, words in ((["sample", "--out", "s.jsonl", "--top_p", "0"], ["--top_p 0"]),
+    for argv, words in ((["sample", "--out", "s.jsonl", "--top_p", "0"], ["--top_p", "0: must be above 0"]),
+                        (["sample", "--out", "s.jsonl", "--top_p", "1.5"], ["--top_p 1.5", "at most 1"]),
+                        (["sample", "--out", "s.jsonl", "--temperature", "nan"], ["--temperature", "nan"]),
                         (["sample", "--out", "s.jsonl", "--model", "m"], ["--data is missing"]),
                         (["golden", "--rm", "x", "run"], ["--ref is missing"]),
                         (["sample", "--out", "s.txt"], [".jsonl"]),
                         (["label", "--samples", "s.jsonl", "--out", "p.jsonl", "--pairs", "most"], ["--pairs", "most"])):
         result = run(*argv)
-        assert result.code in (1, 2) and "Traceback" not in result.err and all(word in result.err for word in words), result.err
+        assert result.code == (1 if "s.txt" in argv else 2) and "Traceback" not in result.err and all(word in result.err for word in words), result.err

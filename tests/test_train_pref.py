@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_pref as tp
-from runs import Result, finish, launch
+from runs import Result, finish, launch, spoil
 
 ROOT = Path(tp.__file__).resolve().parent
 SOURCE = Path(tp.__file__).read_text()
@@ -578,10 +578,10 @@ def test_damaged_reference_log_probs(cli, straight, model_dir, data, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--learning_rate 1", "--learning_rate"), ("--loss dpo --log_eps 2", "--log_eps is not read by --loss dpo"),
-    ("--loss is_dpo --eta 1", "--eta is not read by --loss is_dpo"), ("--loss dpo --length_average", "--length_average"),
-    ("--beta 0", "--beta 0"), ("--beta -1", "--beta -1"), ("--beta nan", "--beta nan"), ("--beta x", "--beta"),
-    ("--loss simpo", "simpo"), ("--loss dpo --label_smoothing 0.5", "--label_smoothing 0.5"), ("--batch_size 0", "--batch_size"),
+    ("--learning_rate 1", "--learning_rate"), ("--loss dpo --log_eps 2", "--log_eps 2.0 is not read by --loss dpo"),
+    ("--loss is_dpo --eta 1", "--eta 1.0 is not read by --loss is_dpo"), ("--loss dpo --length_average", "--length_average"),
+    ("--beta 0", "--beta: 0: must be above 0"), ("--beta -1", "--beta: -1"), ("--beta nan", "--beta: nan"), ("--beta x", "--beta"),
+    ("--loss simpo", "simpo"), ("--loss dpo --label_smoothing 0.5", "--label_smoothing: 0.5"), ("--batch_size 0", "--batch_size"),
     ("--max_length 64 --max_prompt_length 64", "--max_prompt_length 64"), ("--preset trl", "--preset"), ("--bet 0.1", "--bet")])
 def test_wrong_flags(words, said):
     with pytest.raises(tp.UserError) as caught:
@@ -590,7 +590,7 @@ def test_wrong_flags(words, said):
 
 
 def test_help_and_wrong_flags_on_the_command_line(cli, model_dir, data, tmp_path):
-    cli("--bet", 0.1).refused("--bet")
+    cli("--bet", 0.1).refused("--bet", code=2)
     cli(*flags(tmp_path / "nowhere", data, tmp_path / "a")).refused(tmp_path / "nowhere")
     cli(*flags(model_dir, tmp_path / "nothing.jsonl", tmp_path / "b")).refused(tmp_path / "nothing.jsonl")
     result = cli("--help")
@@ -612,7 +612,7 @@ def test_a_run_that_diverges_stops(cli, model_dir, data, tmp_path):
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
         states.append((checkpoint / "model.safetensors").read_bytes())
         assert json.loads((checkpoint / "trainer" / "state.json").read_text())["updates"] == 1
-    assert len(states) == 10 and len(set(states)) == 1  # the weights are those of the one good update
+    assert len(states) == 11 and len(set(states)) == 1  # the weights are those of the one good update
     assert not (out / "final").exists()
 
 
@@ -620,7 +620,7 @@ def test_a_run_that_diverges_stops(cli, model_dir, data, tmp_path):
 def test_all_ranks_skip_together(cli, model_dir, data, tmp_path, more):
     """The loss is NaN on rank 1 only, in step 2 only: both skip that update, nobody hangs, and the run goes on."""
     out = tmp_path / "run"
-    result = cli(*flags(model_dir, data, out, *more, max_steps=4, save_every=1), world=2, call=2, action="nan", on_rank=1).ok()
+    result = cli(*flags(model_dir, data, out, *more, max_steps=4, save_every=1), world=2, call=2, action=spoil, on_rank=1).ok()
     lines = metrics_of(out)
     assert [line["skipped"] for line in lines] == [0, 1, 1, 1] and lines[1]["grad_norm"] is None
     assert result.out.count("NOT FINITE: skipped") == 1
@@ -659,7 +659,7 @@ def test_two_ranks_say_an_error_once(model_dir, data, tmp_path, world_started):
     result = python(*torchrun, ROOT / "train_pref.py", *argv, cwd=tmp_path)
     assert result.code == 1
     assert len(re.findall(r"(?m)^error: ", result.err)) == 1, result.err
-    assert ("holds no run" if world_started else "--log_eps is not read by --loss dpo") in result.err
+    assert ("holds no run" if world_started else "--log_eps 3.0 is not read by --loss dpo") in result.err
 
 
 # ----------------------------------------------------------------------------------------------------- the source itself

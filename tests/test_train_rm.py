@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_rm as rm
-from runs import finish
+from runs import finish, spoil
 
 SOURCE = Path(rm.__file__).read_text()
 HOW = dict(device="cpu", precision="fp32", shard=False, compile_layers=False, checkpoint_activations=False)
@@ -387,7 +387,7 @@ def test_center_holds_the_mean_at_zero(run_script, model_dir, data, pairs, tmp_p
 
 
 def test_a_step_that_is_not_finite_is_skipped(run_script, model_dir, data, tmp_path):
-    result = run_script("train_rm")(*flags(model_dir, data, tmp_path / "out"), world=2, call=2, action="nan", on_rank=1).ok()
+    result = run_script("train_rm")(*flags(model_dir, data, tmp_path / "out"), world=2, call=2, action=spoil, on_rank=1).ok()
     lines = metrics_of(tmp_path / "out")
     assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 1] and lines[1]["grad_norm"] is None
     assert "NOT FINITE: skipped" in result.out and all(tensor.isfinite().all() for tensor in final(tmp_path / "out").values())
@@ -405,7 +405,7 @@ def test_bf16(run_script, model_dir, data, tmp_path, more):
 
 
 def test_refused_flags(run_script, model_dir, data, tmp_path):
-    for more, words in (("--center -1", "--center -1"), ("--center nan", "--center nan"), ("--kernel torch", "--kernel"),
+    for more, words in (("--center -1", "--center: -1"), ("--center nan", "--center: nan"), ("--kernel torch", "--kernel"),
                         ("--beta 0.1", "--beta"), ("--max_prompt_length 34", "--max_prompt_length 34")):
         with pytest.raises(rm.UserError, match=re.escape(words)):
             rm.parse_args([str(x) for x in flags(model_dir, data, tmp_path)] + more.split())
