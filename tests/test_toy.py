@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -270,3 +271,32 @@ def test_check_names_the_changed_line(tmp_path):
     (toy / "base" / "config.json").unlink()
     result = run_check(toy)
     assert result.returncode == 1 and "toy/base/config.json: cannot be read" in result.stderr
+
+
+# --- the study ---
+
+
+def test_truth_as_judge(tmp_path):
+    """toy/truth.py puts the truth's verdicts in the place of the reward model's, and leaves the rest of a row alone."""
+    run = tmp_path / "runs0" / "dpo"
+    (run / "golden_samples").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"header": 1}\n')
+    (run / "golden.jsonl").write_text(json.dumps(dict(checkpoint="step_000022", win_rate=0.1, reward=9.0, kl=2.0)) + "\n")
+    best, half, wrong = "hugo bought tents and leo found cameras .", "hugo bought tents .", "hugo bought cameras ."
+    samples = [dict(prompt=POST, references=[half], completions=[best, wrong], ended=[True, True]),
+               dict(prompt=POST, references=[half, best], completions=[half, best], ended=[True, False])]
+    (run / "golden_samples" / "step_000022.jsonl").write_bytes(make.json_lines(samples))
+    subprocess.run([sys.executable, TOY / "truth.py", tmp_path / "out", run], check=True)
+    (row,) = make.read_lines(tmp_path / "out" / "runs0-dpo" / "golden.jsonl")
+    shares = [0.5, (0.5 + 0 + 0 + 0) / 4]  # the unended one is worth 1.68 - 1, below `half`, 0.84
+    truths = [(1.68 - 0.91) / 2, (0.84 + 0.68) / 2]
+    assert row["win_rate"] == pytest.approx(mean(shares)) and row["reward"] == pytest.approx(mean(truths))
+    assert row["win_rate_se"] == pytest.approx(abs(shares[0] - shares[1]) / 2) and row["kl"] == 2.0
+    assert (tmp_path / "out" / "runs0-dpo" / "metrics.jsonl").read_text() == '{"header": 1}\n'
+
+
+def test_study_uses_flags_that_exist():
+    subprocess.run(["bash", "-n", TOY / "study.sh"], check=True)
+    flags = set(re.findall(r" (--[a-z_]+)", (TOY / "study.sh").read_text()))
+    sources = "".join((REPO / name).read_text() for name in ("train_pref.py", "evaluate.py", "toy/make.py"))
+    assert len(flags) > 12 and not [flag for flag in flags if f'"{flag}"' not in sources]

@@ -24,7 +24,7 @@ golden() {  # seed, runs
 export -f train golden
 export OUT
 
-mkdir -p "$OUT" $(printf "$OUT/runs%s " $SEEDS)
+mkdir -p toy/results "$OUT" $(printf "$OUT/runs%s " $SEEDS)
 for seed in $SEEDS; do
     [ -e "$OUT/toy$seed/pairs_eval.jsonl.gz" ] || echo "python toy/make.py --seed $seed --to $OUT/toy$seed > $OUT/toy$seed.log"
 done | xargs -P "$JOBS" -I{} bash -c '{}'
