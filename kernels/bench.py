@@ -5,7 +5,8 @@
 Logits group: from logits (N, V) made anew for each run; the least traffic is one read forward, one read and one write backward,
 judged by a copy's bandwidth measured here. Linear group: from hidden (N, D) and weight (V, D); the least work is 2 NDV FLOPs
 forward, and forward with backward 4 NDV (frozen head), 6 NDV (logits kept) or 8 NDV (computed again), judged by a large matrix
-product's rate measured here. A peer is judged by 6 NDV, whatever it computes. Inputs are bf16 on a GPU, float32 elsewhere.
+product's rate measured here. A peer is judged by 6 NDV, whatever it computes; Liger's losses and torch's
+linear_cross_entropy compute their gradients in the forward, so that only both together compare. Inputs: bf16 on a GPU, else float32.
 
 Each gives log-probs whose gradients are g (N,): both signs, as in DPO; -1 for those that only sum (`sum`); a DPO loss of its own
 for Liger's. `error` is the largest relative error (Frobenius) of a gradient against float64, on 64 rows where all are too many.
