@@ -194,7 +194,7 @@ def tiny(tmp_path_factory, process_group):
 
 
 def test_kl_is_unbiased(tiny):
-    """200 draws of the estimate golden makes, against the sum over all 101 responses."""
+    """200 draws of the estimate golden makes, against the sum over all 85 responses."""
     log_pi = np.array([tiny.log_prob(0, y) for y in tiny.responses])
     log_ref = np.array([tiny.log_prob(1, y) for y in tiny.responses])
     pi, r = np.exp(log_pi), np.exp(log_pi - log_ref)
