@@ -417,13 +417,18 @@ def collate_pairs(pairs, shared_prompt, device):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
+def to_device(values, device):
+    """A list of numbers or a tensor, there. To a GPU from pinned memory: then the host need not wait until it is idle."""
+    tensor = torch.as_tensor(values)
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def batch_tensors(rows, predict, device, **lists):
     """Pad rows of (tokens, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,)."""
     T = max(len(tokens) for tokens, _, _ in rows)
-    pad = lambda k, value: torch.tensor([row[k] + [value] * (T - len(row[k])) for row in rows])
-    batch = dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=torch.tensor([b * T + t for b, t in predict]))
-    batch |= {name: torch.tensor(values) for name, values in lists.items()}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    pad = lambda k, value: [row[k] + [value] * (T - len(row[k])) for row in rows]
+    lists |= dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=[b * T + t for b, t in predict])
+    return {name: to_device(values, device) for name, values in lists.items()}
 
 
 def deal(lengths, micro_batch_size, world):
@@ -513,8 +518,8 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
     whether the update was finite and applied."""
     B = len(pairs)
     logps = torch.zeros(B, 2, device=device)
-    ref_logps = ref_logps.to(device)
-    lengths = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs], device=device, dtype=torch.float32)
+    ref_logps = to_device(ref_logps, device)
+    lengths = to_device([[float(len(p.chosen)), float(len(p.rejected))] for p in pairs], device)
     rounds = deal([pair.n_tokens for pair in pairs], args.micro_batch_size, world)
     for k, micro in enumerate(rounds):
         picked = micro[rank] or [0]
@@ -522,13 +527,13 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
         # DDP sums the ranks' gradients once, with the last micro-batch; FSDP2 each time, as it keeps only its own shard.
         hold = policy.no_sync() if isinstance(policy, DistributedDataParallel) and not last else contextlib.nullcontext()
         with hold:
-            batch = collate_pairs([pairs[i] for i in picked], args.shared_prompt, device)
+            batch, index = collate_pairs([pairs[i] for i in picked], args.shared_prompt, device), to_device(picked, device)
             micro_logps = policy(**batch)[0].view(-1, 2)
-            losses, _ = preference_loss(args, *micro_logps.unbind(1), *ref_logps[picked].unbind(1), *lengths[picked].unbind(1))
+            losses, _ = preference_loss(args, *micro_logps.unbind(1), *ref_logps[index].unbind(1), *lengths[index].unbind(1))
             loss = losses.sum() * (world / B)  # DDP and FSDP2 average over ranks: the sum over pairs / B remains
             (loss if micro[rank] else 0.0 * loss).backward()
         if micro[rank]:
-            logps[picked] = micro_logps.detach()
+            logps[index] = micro_logps.detach()
     dist.all_reduce(logps)  # each pair was written by one rank: a sum with zeros is exact
     grad_norm, applied = clip_and_step(policy, optimizer, args.grad_clip, logps.isfinite().all())
     return logps, lengths, grad_norm, applied
@@ -1058,7 +1063,8 @@ class LlamaModel(nn.Module):
         # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding (-1) sees padding.
         key_segments, cached = (segments, [None] * len(self.layers)) if cache is None else cache.extend(segments)
         query, key = segments[:, None, :, None], key_segments[:, None, None, :]
-        mask = ((query == key) | ((key == 0) & (query > 0))).tril(key.shape[3] - query.shape[2])  # (B, 1, T, L); L = T if no cache
+        seen = ((query == key) | ((key == 0) & (query > 0))).tril(key.shape[3] - query.shape[2])  # (B, 1, T, L); L = T if no cache
+        mask = torch.where(seen, x.new_zeros(()), -math.inf)  # added to the scores; of booleans each layer would make its own
         for layer, keys_values in zip(self.layers, cached):
             if self.checkpoint_activations and self.training:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)

@@ -291,13 +291,18 @@ def parse_with_preset(parser, presets, argv):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
+def to_device(values, device):
+    """A list of numbers or a tensor, there. To a GPU from pinned memory: then the host need not wait until it is idle."""
+    tensor = torch.as_tensor(values)
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def batch_tensors(rows, predict, device, **lists):
     """Pad rows of (tokens, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,)."""
     T = max(len(tokens) for tokens, _, _ in rows)
-    pad = lambda k, value: torch.tensor([row[k] + [value] * (T - len(row[k])) for row in rows])
-    batch = dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=torch.tensor([b * T + t for b, t in predict]))
-    batch |= {name: torch.tensor(values) for name, values in lists.items()}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    pad = lambda k, value: [row[k] + [value] * (T - len(row[k])) for row in rows]
+    lists |= dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=[b * T + t for b, t in predict])
+    return {name: to_device(values, device) for name, values in lists.items()}
 
 
 def deal(lengths, micro_batch_size, world):
@@ -870,7 +875,8 @@ class LlamaModel(nn.Module):
         # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding (-1) sees padding.
         key_segments, cached = (segments, [None] * len(self.layers)) if cache is None else cache.extend(segments)
         query, key = segments[:, None, :, None], key_segments[:, None, None, :]
-        mask = ((query == key) | ((key == 0) & (query > 0))).tril(key.shape[3] - query.shape[2])  # (B, 1, T, L); L = T if no cache
+        seen = ((query == key) | ((key == 0) & (query > 0))).tril(key.shape[3] - query.shape[2])  # (B, 1, T, L); L = T if no cache
+        mask = torch.where(seen, x.new_zeros(()), -math.inf)  # added to the scores; of booleans each layer would make its own
         for layer, keys_values in zip(self.layers, cached):
             if self.checkpoint_activations and self.training:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)

@@ -143,6 +143,23 @@ def summed_gradients(model, pairs, ref_logps, monkeypatch, **values):
     return logps, grads
 
 
+@pytest.mark.gpu
+def test_micro_batches_do_not_wait_for_the_gpu(tiny_llama, tmp_path, process_group, monkeypatch):
+    """The host runs ahead until the gradient norm is asked for: no copy to the GPU and no value read makes it wait."""
+    directory, data = tiny_llama(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 8)
+    pairs, _, _ = tp.load_pairs(str(data), False, tp.load_tokenizer(directory), 272, 224, 96, "keep_end")
+    args = tp.parse_args([str(x) for x in flags("m", "d", "o", micro_batch_size=2)])
+    model = tp.load_weights(tp.build_llama(tp.read_config(directory), **HOW | dict(device=process_group, kernel="auto")), directory)
+    step = lambda: tp.train_step(model, None, pairs, torch.zeros(8, 2), args, 0, 1, process_group)
+    monkeypatch.setattr(tp, "clip_and_step", lambda *_: (0.0, True))
+    step()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def gradient_difference(a, b):
     return max(((a[name] - b[name]).norm() / a[name].norm()).item() for name in a)
 
