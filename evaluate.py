@@ -1117,7 +1117,7 @@ def resume_rows(out, about, free):
             raise UserError(f"{out} exists, and no {sidecar.name} says how it was made: choose another --out")
         write_json(sidecar, about)
         return [], False
-    found = json.loads(sidecar.read_text())
+    found = read_json(sidecar)
     then, now = ({k: v for k, v in (x["args"] | x["of"]).items() if k not in free} for x in (found, about))
     differ = [f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in sorted({*then, *now}) if then.get(k) != now.get(k)]
     if differ:
@@ -1394,7 +1394,7 @@ def golden_work(runs, ref_directory, name):
             steps_per_epoch = math.ceil(header["pairs"] / header["args"]["batch_size"])
         except (OSError, ValueError, KeyError):
             raise UserError(f"{run}: not the --out of a preference run (no metrics.jsonl that says so)") from None
-        found = {int(path.name.removeprefix("step_")): path for path in run.glob("step_*")}
+        found = {int(path.name[5:]): path for path in run.glob("step_*") if path.name[5:].isdecimal()}  # step_000500.bak is not ours
         if (run / "final").exists():
             found.setdefault(header["steps"], run / "final")
         done, rows = set(), run / "golden.jsonl"
@@ -1402,7 +1402,7 @@ def golden_work(runs, ref_directory, name):
             text = rows.read_text()
             if not text.endswith("\n"):  # cut in two by a kill
                 write_aside(rows, lambda aside: aside.write_text(text[: text.rfind("\n") + 1]))
-            done = {(row["step"], row["weights"]) for _, row in read_jsonl(rows) if row["settings"] == name}
+            done = {(row["step"], row["weights"]) for _, row in read_jsonl(rows) if row.get("settings") == name}
         for step, path in sorted({0: ref_directory, **found}.items()):
             weights = sha256(path / "manifest.json") if (path / "manifest.json").exists() else weights_sha256(path)
             if (step, weights) not in done:
@@ -1502,8 +1502,10 @@ def read_questions(suite, path):
     else:
         try:
             rows = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{path}: not a list of objects, as alpaca_eval.json is")
         questions = [dict(row, index=k, where=f"{path}[{k}]", turns=[row.get("instruction")]) for k, row in enumerate(rows)]
     for question in questions:
         turns = question.get("turns")

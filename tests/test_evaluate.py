@@ -488,6 +488,7 @@ def test_golden(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path):
 
     run, copy = run_script("evaluate"), shutil.copytree(run_dir, tmp_path / "run")
     argv = golden_args(policy_dir, rm_dir, prompt_file, copy)
+    (copy / "step_000004.bak").mkdir()
     run(*argv, "--keep_samples").ok()
     rows = read(copy / "golden.jsonl")
     assert [(row["checkpoint"], row["step"], row["epoch"]) for row in rows] == [("reference", 0, 0.0), ("step_000002", 2, 1.0),
@@ -583,6 +584,9 @@ def test_bench_alpaca_eval(run_script, policy_dir, tmp_path):
     run(*argv, "--template", "chat").refused("template was 'hh', is 'chat'")
     (tmp_path / "q.json").write_text("[{}]")
     run(*argv[:-1], tmp_path / "other.json").refused("q.json[0]", "not a question of alpaca_eval")
+    for text in ('["Say 1."]', '{"instruction": "Say 1."}', '3'):
+        (tmp_path / "q.json").write_text(text)
+        run(*argv[:-1], tmp_path / "other.json").refused("q.json", "not a list of objects")
 
 
 def test_flags_say_what_is_wrong(run_script, tmp_path):
