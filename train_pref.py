@@ -417,6 +417,9 @@ def collate_pairs(pairs, shared_prompt, device):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
+PLAIN_PROMPT = 256
+
+
 def to_device(values, device):
     """A list of numbers or a tensor, there. To a GPU from pinned memory: then the host need not wait until it is idle."""
     tensor = torch.as_tensor(values)
@@ -424,11 +427,13 @@ def to_device(values, device):
 
 
 def batch_tensors(rows, predict, device, **lists):
-    """Pad rows of (tokens, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,)."""
+    """Pad rows of (tokens, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,). `prompt`: as
+    many of the first columns are prompt (segment 0) in every row; 0 if they are few, where one call of attention is as fast as two."""
     T = max(len(tokens) for tokens, _, _ in rows)
     pad = lambda k, value: [row[k] + [value] * (T - len(row[k])) for row in rows]
     lists |= dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=[b * T + t for b, t in predict])
-    return {name: to_device(values, device) for name, values in lists.items()}
+    prompt = min(segments.count(0) for _, _, segments in rows)
+    return {name: to_device(values, device) for name, values in lists.items()} | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
 
 
 def deal(lengths, micro_batch_size, world):
@@ -1004,13 +1009,16 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
         self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, cos, sin, mask, cached=None):
+    def forward(self, x, cos, sin, mask, prompt=0, cached=None):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cached is None:
             k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, head_dim)
+            out = F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask)  # (B, H, T - prompt, head_dim)
+            if prompt:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+                q, k, v = (t[:, :, :prompt] for t in (q, k, v))
+                out = torch.cat((F.scaled_dot_product_attention(q, k, v, is_causal=True), out), dim=2)
         else:  # generation: keys and values (B, K, L, head_dim) of all tokens so far, with room for these T at the end
             keys, values = cached
             keys[:, :, -T:], values[:, :, -T:] = k, v
@@ -1038,14 +1046,15 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, cached=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cached)
+    def forward(self, x, cos, sin, mask, prompt=0, cached=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, prompt, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. `cache` holds the
-    tokens before these (evaluate.py): cache.extend(segments) -> segments (B, L) of all tokens, one (keys, values) a layer."""
+    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. The first `prompt`
+    columns are prompt in all rows. `cache` holds the tokens before these (evaluate.py): cache.extend(segments) -> segments (B, L)
+    of all tokens, one (keys, values) a layer."""
 
     def __init__(self, c):
         super().__init__()
@@ -1055,21 +1064,21 @@ class LlamaModel(nn.Module):
         self.frequencies = rope_frequencies(c)
         self.dtype, self.checkpoint_activations = torch.float32, False
 
-    def forward(self, ids, positions, segments, cache=None):
+    def forward(self, ids, positions, segments, prompt=0, cache=None):
         x = self.embed_tokens(ids).to(self.dtype)
         self.frequencies = self.frequencies.to(x.device)
         angles = positions[:, None, :, None] * self.frequencies  # (B, 1, T, head_dim/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding (-1) sees padding.
         key_segments, cached = (segments, [None] * len(self.layers)) if cache is None else cache.extend(segments)
-        query, key = segments[:, None, :, None], key_segments[:, None, None, :]
-        seen = ((query == key) | ((key == 0) & (query > 0))).tril(key.shape[3] - query.shape[2])  # (B, 1, T, L); L = T if no cache
+        query, key = segments[:, None, prompt:, None], key_segments[:, None, None, :]
+        seen = ((query == key) | ((key == 0) & (query > 0))).tril(key.shape[3] - query.shape[2])  # (B, 1, T - prompt, L); no cache: L = T
         mask = torch.where(seen, x.new_zeros(()), -math.inf)  # added to the scores; of booleans each layer would make its own
         for layer, keys_values in zip(self.layers, cached):
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, prompt, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, keys_values)
+                x = layer(x, cos, sin, mask, prompt, keys_values)
         return self.norm(x)
 
 
@@ -1113,10 +1122,10 @@ class Llama(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
         self.kernel = kernel
 
-    def forward(self, ids, positions, segments, predict, targets, cu_seqlens):
+    def forward(self, ids, positions, segments, predict, targets, cu_seqlens, prompt=0):
         """-> logps (S,), the sums over each sequence's targets, and token_logps (N,): nats, float32. predict (N,) indexes the
         flattened (B, T) positions that predict targets (N,); sequence s is cu_seqlens[s] : cu_seqlens[s + 1] (S + 1,)."""
-        hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
+        hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return linear_sequence_logps(hidden, head.weight, targets, cu_seqlens, kernel=self.kernel)
 

@@ -251,6 +251,7 @@ def random_pairs(lengths):
 
 
 PAIRS = random_pairs([(9, 4, 7), (1, 1, 12), (17, 8, 1), (5, 5, 5)])
+LONG = random_pairs([(300, 4, 7), (270, 40, 1), (310, 3, 3), (258, 1, 20)])  # attention takes their first 258 columns apart
 COEFFICIENTS = torch.tensor([1.0, -0.5, 0.25, 1.5, -2.0, 0.75, 1.25, -1.0])  # all different: no two sequences may be mixed up
 CPU = torch.device("cpu")
 
@@ -268,12 +269,12 @@ def gradients(model):
 
 @pytest.fixture
 def reference_run(tiny_llama, tmp_path):
-    """-> run(config): the directory, and transformers' token log-probs, sums and gradients of sum(COEFFICIENTS * sums)."""
+    """-> run(config, pairs): the directory, and transformers' token log-probs, sums and gradients of sum(COEFFICIENTS * sums)."""
 
-    def run(case, **more):
+    def run(case, pairs=PAIRS, **more):
         directory = tiny_llama(tmp_path / "m", **CONFIGS[case] | more)
         reference = theirs(directory)
-        rows = [response_logps(reference, pair.prompt, r) for pair in PAIRS for r in (pair.chosen, pair.rejected)]
+        rows = [response_logps(reference, pair.prompt, r) for pair in pairs for r in (pair.chosen, pair.rejected)]
         sums = torch.stack([row.sum() for row in rows])
         (sums * COEFFICIENTS).sum().backward()
         return directory, torch.cat(rows).detach(), sums.detach(), gradients(reference)
@@ -281,25 +282,44 @@ def reference_run(tiny_llama, tmp_path):
     return run
 
 
+@pytest.fixture
+def masks(monkeypatch):
+    """The shape (T, L) of the mask, or None, of every call of attention."""
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*tensors, attn_mask=None, **more):
+        calls.append(None if attn_mask is None else tuple(attn_mask.shape[2:]))
+        return attention(*tensors, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    return calls
+
+
 @pytest.mark.parametrize("shared_prompt", [True, False])
 @pytest.mark.parametrize("case", ["gqa", "tied", "everything"])
-def test_logps_and_gradients(case, shared_prompt, reference_run):
-    directory, expected_tokens, expected_sums, expected_grads = reference_run(case)
+@pytest.mark.parametrize("pairs", [PAIRS, LONG], ids=["short", "long"])
+def test_logps_and_gradients(case, pairs, shared_prompt, reference_run, masks):
+    directory, expected_tokens, expected_sums, expected_grads = reference_run(case, pairs)
     model = ours(directory)
-    logps, token_logps = model(**train_pref.collate_pairs(PAIRS, shared_prompt, CPU))
+    masks.clear()
+    logps, token_logps = model(**train_pref.collate_pairs(pairs, shared_prompt, CPU))
+    T, layers = max(len(p.prompt) + len(p.chosen) + len(p.rejected) * shared_prompt for p in pairs), len(model.model.layers)
+    T = max(T, *(len(p.prompt) + len(p.rejected) for p in pairs))
+    assert masks == ([(T, T)] if pairs is PAIRS else [(T - 258, T), None]) * layers
     torch.testing.assert_close(token_logps, expected_tokens, rtol=0, atol=1e-5)
     torch.testing.assert_close(logps, expected_sums, rtol=1e-6, atol=1e-5)
     (logps * COEFFICIENTS).sum().backward()
     assert_close_tensors(gradients(model), expected_grads, 1e-5)
 
 
-def test_checkpoint_activations(reference_run):
-    directory, _, _, expected = reference_run("everything")
+@pytest.mark.parametrize("pairs", [PAIRS, LONG], ids=["short", "long"])
+def test_checkpoint_activations(pairs, reference_run):
+    directory, _, _, expected = reference_run("everything", pairs)
     calls, found = [0, 0], []
     for checkpointing in (False, True):
         model = ours(directory, checkpoint_activations=checkpointing)
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, k=int(checkpointing): calls.__setitem__(k, calls[k] + 1))
-        logps, _ = model(**train_pref.collate_pairs(PAIRS, True, CPU))
+        logps, _ = model(**train_pref.collate_pairs(pairs, True, CPU))
         (logps * COEFFICIENTS).sum().backward()
         found.append(gradients(model))
     assert calls == [1, 2]  # it did recompute
@@ -307,16 +327,17 @@ def test_checkpoint_activations(reference_run):
     assert_close_tensors(found[1], expected, 1e-5)
 
 
-def test_compiled_layers(reference_run, monkeypatch):
+@pytest.mark.parametrize("pairs", [PAIRS, LONG], ids=["short", "long"])
+def test_compiled_layers(pairs, reference_run, monkeypatch):
     """The layers are traced forward and backward, in more than one shape. Without code generation, which takes a minute."""
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    directory, expected, _, expected_grads = reference_run("everything")
+    directory, expected, _, expected_grads = reference_run("everything", pairs)
     model = ours(directory, compile_layers=True)
     torch._dynamo.utils.counters.clear()
-    for pairs in (PAIRS[:2], PAIRS):
-        token_logps = model(**train_pref.collate_pairs(pairs, True, CPU))[1]
+    for some in (pairs[:2], pairs):
+        token_logps = model(**train_pref.collate_pairs(some, True, CPU))[1]
         torch.testing.assert_close(token_logps, expected[: len(token_logps)], rtol=0, atol=1e-5)
-    (model(**train_pref.collate_pairs(PAIRS, True, CPU))[0] * COEFFICIENTS).sum().backward()
+    (model(**train_pref.collate_pairs(pairs, True, CPU))[0] * COEFFICIENTS).sum().backward()
     assert_close_tensors(gradients(model), expected_grads, 1e-5)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"], counters

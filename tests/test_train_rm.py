@@ -150,8 +150,9 @@ def test_collate_reads_the_last_token():
     assert rm.collate_responses(pairs, False, "cpu")["predict"].tolist() == [3, 9, 11, 16]
 
 
-@pytest.mark.parametrize("which", ["model_dir", "tied_dir"])
-def test_shared_prompt_equals_plain_rows(request, which, pairs, process_group, monkeypatch):
+@pytest.mark.parametrize("which, plain_prompt", [("model_dir", 256), ("model_dir", 2), ("tied_dir", 256)])
+def test_shared_prompt_equals_plain_rows(request, which, plain_prompt, pairs, process_group, monkeypatch):
+    monkeypatch.setattr(rm, "PLAIN_PROMPT", plain_prompt)  # 2: attention takes the prompts apart
     model, _ = load(request.getfixturevalue(which))
     grads = {}
 
