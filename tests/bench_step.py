@@ -15,8 +15,8 @@ share one set of parameters and one AdamW with lr 0: the work is done, the weigh
 and gradient norm, which is asserted. TRL's padding_free is switched off in its 1.x and reported as such by it; its best on a
 GPU may also want --liger (Liger's layer kernels; needs liger-kernel).
 
-FLOPs by formula, 2 a multiply-add, backward twice the forward: `done` is what was run (padding, every score of the T x T
-masks, logits computed again), `needed` what the loss asks for (each prompt once, visible scores, response rows). MFU is a
+FLOPs by formula, 2 a multiply-add, backward twice the forward: `done` is what was run (padding, every score under a mask, logits
+computed again), `needed` what the loss asks for (each prompt once, visible scores, response rows). MFU is a
 share of a large matrix product's FLOP rate measured in the same process. Reference log-probs cost one forward a pair and run:
 `ratio_with_reference` spreads it over --epochs.
 """
@@ -120,8 +120,9 @@ class Ours:
             batch = tp.collate_pairs([self.pairs[i] for i in micro], True, "cpu")
             (B, T), N = batch["ids"].shape, len(batch["targets"])
             kept = 4 * N * self.c.vocab_size <= logprob.SAVE_BYTES["gpu" if self.device.type == "cuda" else "cpu"]
+            P = batch["prompt"]
             tokens += B * T
-            total += flops(self.c, B * T, B * T * T, N, 3, 3 if kept else 4)
+            total += flops(self.c, B * T, B * (P * (P + 1) // 2 + (T - P) * T), N, 3, 3 if kept else 4)
         return tokens, tokens - sum(p.n_tokens for p in self.pairs), total
 
 
