@@ -552,7 +552,8 @@ def test_golden_refuses(run_script, policy_dir, rm_dir, prompt_file, run_dir, tm
 def test_bench_mt_bench(run_script, policy_dir, shared, tmp_path):
     """FastChat's format, two turns, the first answer in the second's context, temperature by category."""
     questions = read(shared / "data" / "mt_bench" / "question.jsonl")
-    chosen = [next(q for q in questions if q["category"] == c) for c in ("math", "writing")]
+    temperatures = dict(writing=0.7, roleplay=0.7, reasoning=0, math=0, coding=0, extraction=0, stem=0.1, humanities=0.1)
+    chosen = [next(q for q in questions if q["category"] == c) for c in temperatures]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in chosen))
     argv = ["bench", "--suite", "mt_bench", "--model", policy_dir, "--questions", tmp_path / "q.jsonl", "--template", "hh",
             "--max_new_tokens", 10, "--max_prompt_length", 900, "--name", "tiny", "--out", tmp_path / "a.jsonl"]
@@ -563,7 +564,7 @@ def test_bench_mt_bench(run_script, policy_dir, shared, tmp_path):
     for question in chosen:
         answer = next(a for a in answers if a["question_id"] == question["question_id"])
         assert answer["model_id"] == "tiny" and len(answer["choices"][0]["turns"]) == 2 and answer["answer_id"] and answer["tstamp"]
-        text, temperature = "", 0 if question["category"] == "math" else 0.7
+        text, temperature = "", temperatures[question["category"]]
         for turn, said in zip(question["turns"], answer["choices"][0]["turns"]):
             text += f"\n\nHuman: {turn}\n\nAssistant:"
             prompt = [256] + tokenizer.encode(text, add_special_tokens=False)[-899:]

@@ -240,6 +240,13 @@ def trl_loss(trainer, types, weights, beta, label_smoothing, logps, lengths):
         vars(trainer).update(before)
 
 
+def test_a_weight_at_the_cap_counts_as_capped():
+    """log_eps 0 caps the weight at 1, which is where it stands before the first step."""
+    args, logps = tp.parse_args(["--log_eps", "0"]), make_logps(8, torch.float32, seed=1)[0][0]
+    logps, lengths = torch.stack([logps, logps - 1], 1), torch.ones(8, 2)
+    assert tp.preference_metrics(args, logps, logps, lengths)["weights/capped"] == 1
+
+
 def ours(flags, logps, lengths):
     return tp.preference_loss(tp.parse_args(flags.split()), *logps, *lengths)[0]
 
