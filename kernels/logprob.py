@@ -354,9 +354,9 @@ class _LinearSequenceLogps(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, []               # used up here: a second backward computes the logits again
         g = _row_gradients(d_logps, d_token_logps, targets, cu_seqlens)[:, None]                # (N, 1)
         forward_dtype, dtype = _product_dtypes(hidden)
-        h = hidden.to(forward_dtype)
+        h, ignored = hidden.to(forward_dtype), targets[:, None] < 0
         # The rows of ignored tokens become 0 instead of being multiplied by it: they may hold NaN.
-        gh = (g * hidden).masked_fill_(targets[:, None] < 0, 0.0).to(dtype) if need_dw else None    # (N, D)
+        gh = (g * hidden).masked_fill_(ignored, 0.0).to(dtype) if need_dw else None             # (N, D)
         dh = torch.zeros(N, D, device=h.device, dtype=g.dtype) if need_dh else None
         dw = torch.empty(V, D, device=h.device, dtype=weight.dtype) if need_dw else None
         buffer = None if kept else torch.empty(height * width, device=h.device, dtype=g.dtype)
@@ -378,7 +378,7 @@ class _LinearSequenceLogps(torch.autograd.Function):
             if need_dw and not straight:
                 dw[columns] = dw_slice
         if need_dh:
-            dh = dh.mul_(g).to(hidden.dtype)
+            dh = dh.mul_(g).masked_fill_(ignored, 0.0).to(hidden.dtype)
         return dh, dw, None, None, None, None
 
 
