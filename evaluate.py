@@ -463,7 +463,7 @@ def chat_prompt(tokenizer, messages):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
-PLAIN_PROMPT = 256
+PLAIN_PROMPT = 256  # columns, see batch_tensors
 
 
 def to_device(values, device):

@@ -417,7 +417,7 @@ def collate_pairs(pairs, shared_prompt, device):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
-PLAIN_PROMPT = 256
+PLAIN_PROMPT = 256  # columns, see batch_tensors
 
 
 def to_device(values, device):

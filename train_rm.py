@@ -346,7 +346,7 @@ def pair_rows(pairs, shared_prompt):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
-PLAIN_PROMPT = 256
+PLAIN_PROMPT = 256  # columns, see batch_tensors
 
 
 def to_device(values, device):

@@ -291,7 +291,7 @@ def parse_with_preset(parser, presets, argv):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
-PLAIN_PROMPT = 256
+PLAIN_PROMPT = 256  # columns, see batch_tensors
 
 
 def to_device(values, device):

@@ -304,6 +304,14 @@ def test_ignored_rows_may_hold_anything(way, bad):
     check_linear(way, hidden, weight, targets, cu)
 
 
+def test_an_ignored_row_has_no_gradient_whatever_the_weight(way):
+    hidden, weight, targets, cu = example(4, 40, 8, [1, 3], way[0], ignore=(1,))
+    with torch.no_grad():
+        weight[7, 2] = float("inf")
+    linear_sequence_logps(hidden, weight, targets, cu, kernel=way[1])[0].sum().backward()
+    assert torch.all(hidden.grad[1] == 0) and hidden.grad[0].isnan().any()
+
+
 def test_all_rows_ignored(way):
     hidden, weight, targets, cu = example(4, 40, 8, [1, 3], way[0], ignore=range(4))
     _, _, dh, dw = check_linear(way, hidden, weight, targets, cu)
