@@ -1,17 +1,19 @@
 """Speed, memory and gradient error of kernels/logprob.py beside its peers, alternated in one process.
 
-    python kernels/bench.py [--shapes 512,256,64 2048,49152,576] [--runs 5] [--out rows.jsonl]      # N, V, D of each shape
+    python kernels/bench.py [--shapes 512,256,64 2048,49152,576] [--runs 5] [--out rows.jsonl]     # N, V, D of each
 
-Logits group: from logits (N, V) made anew for each run; the least traffic is one read forward, one read and one write backward,
-judged by a copy's bandwidth measured here. Linear group: from hidden (N, D) and weight (V, D); the least work is 2 NDV FLOPs
-forward, and forward with backward 4 NDV (frozen head), 6 NDV (logits kept) or 8 NDV (computed again), judged by a large matrix
-product's rate measured here. A peer is judged by 6 NDV, whatever it computes; Liger's losses and torch's
-linear_cross_entropy compute their gradients in the forward, so that only both together compare. Inputs: bf16 on a GPU, else float32.
+Logits group: from logits (N, V) made anew for each run; the least traffic is one read forward, one read and one write
+backward, judged by a copy's bandwidth measured here. Linear group: from hidden (N, D) and weight (V, D); the least work
+is 2 NDV FLOPs forward, and forward with backward 4 NDV (frozen head), 6 NDV (logits kept) or 8 NDV (computed again),
+judged by a large matrix product's rate measured here. A peer is judged by 6 NDV, whatever it computes; Liger's losses
+and torch's linear_cross_entropy compute their gradients in the forward, so that only both together compare. Inputs:
+bf16 on a GPU, else float32.
 
-Each gives log-probs whose gradients are g (N,): both signs, as in DPO; -1 for those that only sum (`sum`); a DPO loss of its own
-for Liger's. `error` is the largest relative error (Frobenius) of a gradient against float64, on 64 rows where all are too many.
-Memory is the peak over the inputs: of CUDA's allocator, or of the resident set (Linux, reset before each run).
-A peer that is not installed, or that this device cannot run, is named. Targets, for an H100, stand beside what they ask.
+Each gives log-probs whose gradients are g (N,): both signs, as in DPO; -1 for those that only sum (`sum`); a DPO loss
+of its own for Liger's. `error` is the largest relative error (Frobenius) of a gradient against float64, on 64 rows
+where all are too many. Memory is the peak over the inputs: of CUDA's allocator, or of the resident set (Linux, reset
+before each run). A peer that is not installed, or that this device cannot run, is named. Targets, for an H100, stand
+beside what they ask.
 """
 
 import argparse
@@ -43,7 +45,7 @@ ALL_ROWS = 2e11  # N V D up to which the float64 reference takes all rows
 
 # ---------------------------------------------------------------- measuring; tests/bench_step.py uses these too
 class Peak:
-    """with Peak(device) as peak: ...; then peak.over: bytes at the peak over what was held before, or None (unknown)."""
+    """with Peak(device) as peak: ...; then peak.over: bytes at the peak over what was held before, or None: unknown."""
 
     def __init__(self, device):
         self.cuda, self.over = device.type == "cuda", None
@@ -116,7 +118,9 @@ def environment(device, packages=()):
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    name = f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return dict(device=name, threads=torch.get_num_threads(), load_average=os.getloadavg()[0], versions=versions)
 
 
@@ -126,8 +130,8 @@ def log_softmax_gather(x, y):
 
 
 def contestants(device, compile):
-    """-> {name: (group, gradient kind, FLOPs / NDV with backward, f)}, {name: why it is missing}. f(x, y) of the logits group and
-    f(h, w, y) of the linear group -> token log-probs (N,), or a loss where the kind is sum or dpo."""
+    """-> {name: (group, gradient kind, FLOPs / NDV with backward, f)}, {name: why it is missing}. f(x, y) of the logits
+    group and f(h, w, y) of the linear group -> token log-probs (N,), or a loss where the kind is sum or dpo."""
     bounds = lambda y: torch.linspace(0, len(y), SEQUENCES + 1, device=y.device).long()
     linear = lambda save_bytes: lambda h, w, y: linear_sequence_logps(h, w, y, bounds(y), save_bytes=save_bytes)[1]
     options = torch.nn.LinearCrossEntropyOptions() if hasattr(torch.nn, "LinearCrossEntropyOptions") else None
@@ -233,7 +237,9 @@ class Case:
     def run(self, group, kind, f, backward):
         with torch.set_grad_enabled(backward):
             if group == "logits":
-                x = Give.apply(torch.zeros((), device=self.device, requires_grad=True), self.box) if backward else self.box[0]
+                x = self.box[0]
+                if backward:
+                    x = Give.apply(torch.zeros((), device=self.device, requires_grad=True), self.box)
                 out = f(x, self.y)
             else:
                 out = f(self.h, self.w, self.y)
@@ -242,7 +248,7 @@ class Case:
             loss.backward()
 
     def error(self, group, kind, chunk=256):
-        """Largest relative error of the gradients that the last run left, or None where a reference would take too long."""
+        """Largest relative error of the gradients that the last run left; None where the reference would take long."""
         N, V, D = self.shape
         whole = N * V * D <= ALL_ROWS and group == "linear"
         if kind == "dpo" and not whole:
@@ -251,8 +257,8 @@ class Case:
         blocks = torch.arange(N, device=self.device).split(chunk) if whole else [self.sample]
         logits = lambda b: self.sampled.double() if group == "logits" else h[b].double() @ w.T
         if kind == "dpo":  # halves are chosen and rejected: g = d loss / d logp = -+ beta sigmoid(-beta delta) / pairs
-            logps = torch.cat([logits(b).log_softmax(1).gather(1, y[b, None])[:, 0] for b in blocks]).view(SEQUENCES, -1).sum(1)
-            chosen, rejected = logps.chunk(2)
+            logps = torch.cat([logits(b).log_softmax(1).gather(1, y[b, None])[:, 0] for b in blocks])
+            chosen, rejected = logps.view(SEQUENCES, -1).sum(1).chunk(2)
             slope = -0.1 * torch.sigmoid(-0.1 * (chosen - rejected)) / (SEQUENCES // 2)
             g = torch.cat([slope, -slope]).repeat_interleave(N // SEQUENCES)
         else:
@@ -318,12 +324,14 @@ def measure(shape, found, missing, args, device, floors, about):
         spread = lambda t: f"{1e3 * statistics.median(t):.2f} ({1e3 * min(t):.2f}..{1e3 * max(t):.2f})"
         show = lambda value, form: "-" if value is None else format(value, form)
         print(f"{name:30}{spread(row['forward']):>26}{spread(row['both']):>28}{show(shares[0], '.0%'):>11}"
-              f"{show(shares[1], '.0%'):>6}{show(shares[2], '.0%'):>6}{ratio:8.2f}{show(row['peak'] and row['peak'] / 1e6, '.0f'):>9}"
-              f"{show(row['error'], '.1e'):>9}  {target if name.startswith('ours') else ''}")
+              f"{show(shares[1], '.0%'):>6}{show(shares[2], '.0%'):>6}{ratio:8.2f}"
+              f"{show(row['peak'] and row['peak'] / 1e6, '.0f'):>9}{show(row['error'], '.1e'):>9}"
+              f"  {target if name.startswith('ours') else ''}")
         lines.append(dict(bench="logprob", name=name, group=group, N=N, V=V, D=D, dtype=str(case.h.dtype)[6:], **about,
                           forward_s=row["forward"], both_s=row["both"], ratio_to_ours=ratio, peak_bytes=row["peak"],
-                          gradient_error=row["error"], share_of_floor=dict(zip(("forward", "backward", "both"), shares)),
-                          least_s=dict(zip(("forward", "backward", "both"), least)), missing=missing, floors=floors))
+                          gradient_error=row["error"], missing=missing, floors=floors,
+                          share_of_floor=dict(zip(("forward", "backward", "both"), shares)),
+                          least_s=dict(zip(("forward", "backward", "both"), least))))
     return lines
 
 

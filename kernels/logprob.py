@@ -18,14 +18,13 @@ Backward. Let g_i = d loss / d token_logps_i: the gradient of row i's own log-pr
 With g in H a slice of dW over the vocabulary is one product with all N rows inside: final when it is written, and no
 second V x D tensor to add slices up in.
 
-What it must cost, at b bytes an element:
-    sequence_logps          reads N V b forward; backward reads N V b and writes N V b, over the logits themselves.
-    linear_sequence_logps   2 N D V FLOPs forward, 4 N D V backward, 2 N D V more where the logits are not kept. A slice
-                            of A logits takes 4 A bytes, and backward on a GPU 2 A more in bf16, besides the results.
+What it must cost: sequence_logps reads the logits forward, reads them and writes over them backward. The linear form
+does 2 N D V FLOPs forward, 4 N D V backward, 2 N D V more where logits are not kept; a slice of A logits takes 4 A
+bytes, and 2 A more backward on a GPU in bf16.
 
-Where 16-bit inputs round: nowhere before the log-probs, for the products give fp32 logits (bf16 ones would put a
-512-token sequence 0.2 nat off). So scoring with and without gradients agrees bit for bit. On a GPU D is rounded to bf16
-for the backward products. No entry of D is dropped for being small: that tail is what a rejected sequence pushes on.
+16-bit inputs round nowhere before the log-probs, for the products give fp32 logits (bf16 ones would put a 512-token
+sequence 0.2 nat off): scoring with and without gradients agrees bit for bit. On a GPU D is rounded to bf16 for the
+backward products. No entry of D is dropped for being small: that tail is what a rejected sequence pushes on.
 
 Copy this file anywhere: it imports torch, and triton where that is installed (3.6 or newer; NVIDIA and AMD GPUs).
 """
@@ -48,14 +47,10 @@ SLICE_MULTIPLE = 256                            # slices are rounded to this, so
 
 
 # --- Triton: one read of the logits forward, one read and one write backward ------------------------------------------
-
 # (BLOCK, num_warps) by kernel and bytes per element read: 16-32 values a thread, that is a few 16-byte loads, without
 # spilling registers. A table and no autotuning: that needs a GPU, and may pick another summation order every run.
-CONFIGS = {
-    "row_stats": {2: (8192, 8), 4: (4096, 8)},
-    "dlogits": {2: (4096, 8), 4: (4096, 8)},
-    "sequence_sums": {4: (1024, 4)},
-}
+CONFIGS = {"row_stats": {2: (8192, 8), 4: (4096, 8)}, "dlogits": {2: (4096, 8), 4: (4096, 8)},
+           "sequence_sums": {4: (1024, 4)}}
 
 if triton is not None:
     INTERPRET = triton.knobs.runtime.interpret      # TRITON_INTERPRET=1 before this import: kernels run on CPU tensors
@@ -66,17 +61,22 @@ if triton is not None:
         """One program a row: fold V columns, the first of them number `first_column`, into the row's (m, z)."""
         row = tl.program_id(0).to(tl.int64)         # int64: row * stride passes 2^31 at 16,743 rows of 128,256
         x_ptr += row * x_stride
-        m = tl.load(max_ptr + row)                  # -inf before the first slice
-        z = tl.load(sum_ptr + row)
+        # BLOCK / 4 running (m, z), each of 4 columns a step: all of a thread's own, so the loop has no barrier.
+        columns = tl.arange(0, 4)[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+        m = tl.full((BLOCK // 4,), float("-inf"), tl.float32)
+        z = tl.zeros((BLOCK // 4,), tl.float32)
         for start in range(0, V, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+            x = tl.load(x_ptr + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
             m_new = tl.maximum(m, tl.max(x, 0))
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)        # nothing but -inf so far: -inf - -inf is NaN
-            z = z * tl.exp(m - shift) + tl.sum(tl.exp(x - shift), 0)
+            z = z * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[None, :]), 0)
             m = m_new
-        tl.store(max_ptr + row, m)
-        tl.store(sum_ptr + row, z)
+        m_before = tl.load(max_ptr + row)           # -inf before the first slice
+        m_new = tl.maximum(m_before, tl.max(m, 0))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        z_before = tl.load(sum_ptr + row)
+        tl.store(max_ptr + row, m_new)
+        tl.store(sum_ptr + row, z_before * tl.exp(m_before - shift) + tl.sum(z * tl.exp(m - shift), 0))
         y = tl.load(targets_ptr + row) - first_column
         here = (y >= 0) & (y < V)
         tl.store(target_logits_ptr + row, tl.load(x_ptr + tl.where(here, y, 0)).to(tl.float32), mask=here)
@@ -99,7 +99,7 @@ if triton is not None:
         d = tl.where(target < 0, 0.0, d)            # last, for an ignored row may hold NaN
         tl.store(out_ptr + row * out_stride + columns, d.to(out_ptr.dtype.element_ty), mask=columns < V)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N", "S"])       # or each step's lengths could compile it anew
     def sequence_sums_kernel(token_logps_ptr, cu_seqlens_ptr, out_ptr, N, S, BLOCK: tl.constexpr):
         """One program a sequence, rows added in a fixed order: no atomics, the same bits every time."""
         s = tl.program_id(0)
@@ -117,13 +117,11 @@ if triton is not None:
 def _config(name, x):
     """(BLOCK, num_warps) of a kernel that reads rows of x, no wider than a row. The interpreter likes it wide."""
     block, num_warps = CONFIGS[name][x.element_size()]
-    return min(65536 if INTERPRET else block, triton.next_power_of_2(max(1, x.shape[-1]))), num_warps
+    num_warps //= 2 if torch.version.hip else 1     # AMD's have 64 threads
+    return min(65536 if INTERPRET else block, triton.next_power_of_2(max(4, x.shape[-1]))), num_warps
 
 
-# --- The three steps, by Triton or by torch ---------------------------------------------------------------------------
-# The torch path does the same arithmetic on a few rows at a time: each logit is read from memory once, and temporary
-# copies stay small enough for the cache.
-
+# --- The three steps, by Triton or, on a few rows at a time that stay in the cache, by torch --------------------------
 def _by_device(table, x):
     return table["gpu" if x.is_cuda else "cpu"]     # is_cuda is true on AMD GPUs too
 
@@ -211,41 +209,35 @@ def _row_gradients(d_logps, d_token_logps, targets, cu_seqlens):
 
 
 # --- From logits ------------------------------------------------------------------------------------------------------
-
 class _SequenceLogps(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, logits, targets, cu_seqlens, use_triton, overwrite):
         stats = _start_stats(logits)
         row_stats_(logits, targets, 0, *stats, use_triton)
         log_sum, token_logps = _finish_stats(targets, logits.shape[1], *stats)
         ctx.save_for_backward(logits, targets, cu_seqlens, stats[0], log_sum)
-        ctx.use_triton, ctx.overwrite, ctx.overwritten = use_triton, overwrite, False
+        ctx.use_triton, ctx.overwrite = use_triton, overwrite
         return sequence_sums(token_logps, cu_seqlens, use_triton), token_logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_logps, d_token_logps):
-        if ctx.overwritten:
-            raise RuntimeError("sequence_logps cannot go back twice: the first backward wrote the gradient over the "
-                               "logits. Call it again, or use linear_sequence_logps, which can")
         try:
             logits, targets, cu_seqlens, row_max, log_sum = ctx.saved_tensors
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
             raise RuntimeError("sequence_logps: the logits were changed after the forward, by an in-place operation or "
-                               "by the backward of another sequence_logps on the same logits. Give one of them "
-                               "logits.clone()") from error
+                               "by a backward of sequence_logps, which writes the gradient over them. Give it "
+                               "logits.clone(), or use linear_sequence_logps, which can go back twice") from error
         x = logits.detach()                 # the same memory and version counter, without the graph
         out = x if ctx.overwrite else torch.empty(x.shape, device=x.device, dtype=x.dtype)
         g = _row_gradients(d_logps, d_token_logps, targets, cu_seqlens)
         dlogits_(x, out, targets, 0, row_max, log_sum, g, ctx.use_triton)
         if ctx.overwrite:
-            # A Triton kernel writes behind autograd's back. Counted as a change, it makes the backward of any other
-            # operation that saved these logits fail aloud (tanh, for one, saves its output) and not go wrong.
+            # A Triton kernel writes behind autograd's back. Counted as a change, it makes a second backward, or that of
+            # another operation that saved these logits (tanh saves its output), fail aloud and not go wrong.
             torch.autograd.graph.increment_version(x)
-            ctx.overwritten = True
         return out, None, None, None, None
 
 
@@ -276,13 +268,10 @@ def sequence_logps(logits, targets, cu_seqlens, *, kernel="auto"):
 
 
 # --- From hidden states and the head's weight -------------------------------------------------------------------------
-
 def slice_shape(N, V, budget):
-    """(rows, columns) of the blocks of logits held at a time, about `budget` elements each.
-
-    All rows and a slice of the vocabulary, so that dW takes one product a slice; but once slices would be thinner than
-    a quarter of their height, square tiles, for thin products are slow.
-    """
+    """(rows, columns) of the blocks of logits held at a time, about `budget` elements each: all rows and a slice of the
+    vocabulary, so that dW takes one product a slice; but square tiles, for thin products are slow, where a slice would
+    be thinner than a quarter of its height."""
     if N * V <= budget:
         return max(N, 1), V
     side = math.isqrt(budget)
@@ -299,9 +288,7 @@ def _block(buffer, rows, columns):
 
 def _product(a, b, out, add=False):
     """out = a @ b or out += a @ b. For 16-bit a, b and fp32 out: the GPU library's own fp32 sums, not rounded to 16.
-
-    Only products with out=, which torch.autocast leaves alone; and slices land where they belong without a copy.
-    """
+    Only products with out=: torch.autocast leaves them alone, and slices land where they belong without a copy."""
     if a.dtype == out.dtype:
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     if add:
@@ -310,18 +297,15 @@ def _product(a, b, out, add=False):
 
 
 def _product_dtypes(hidden):
-    """dtypes of the factors of the forward and of the backward products.
-
-    GPU: 16-bit for 16-bit inputs; for fp16 bf16 backward, since g may leave fp16's range. Elsewhere 16-bit slices are
-    upcast one by one: torch multiplies 16-bit matrices on many CPUs some 100 times slower than fp32, and rounds more.
-    """
+    """dtypes of the factors of the forward and of the backward products. GPU: 16-bit for 16-bit inputs; for fp16 bf16
+    backward, since g may leave fp16's range. Elsewhere 16-bit slices are upcast one by one: torch multiplies 16-bit
+    matrices on many CPUs some 100 times slower than fp32, and rounds more."""
     if hidden.dtype in (torch.float32, torch.float64):
         return hidden.dtype, hidden.dtype
     return (hidden.dtype, torch.bfloat16) if hidden.is_cuda else (torch.float32, torch.float32)
 
 
 class _LinearSequenceLogps(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, hidden, weight, targets, cu_seqlens, use_triton, keep):
         N, V = hidden.shape[0], weight.shape[0]
@@ -418,7 +402,6 @@ def linear_sequence_logps(hidden, weight, targets, cu_seqlens, *, save_bytes=Non
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
-
 def _check_matrix(x, name, form):
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)} but must be {form}: flatten leading dimensions first")
@@ -462,11 +445,10 @@ def _plain_rows(x):
 def _use_triton(kernel, x):
     if kernel not in ("auto", "triton", "torch"):
         raise ValueError(f"kernel is {kernel!r}: choose auto, triton or torch")
-    if kernel == "auto":
-        if x.is_cuda and triton is None:
-            warnings.warn("triton is not installed: log-probs take the slower torch path (pip install triton)")
-        return x.is_cuda and triton is not None and x.dtype != torch.float64
-    if kernel == "torch":
+    if kernel == "torch" or (kernel == "auto" and (not x.is_cuda or x.dtype == torch.float64)):
+        return False
+    if triton is None and kernel == "auto":
+        warnings.warn("triton is not installed: log-probs take the slower torch path (pip install triton)")
         return False
     if triton is None:
         raise ValueError("kernel='triton', but triton is not installed: pip install triton, or use kernel='torch'")
