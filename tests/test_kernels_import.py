@@ -1,4 +1,4 @@
-"""The folder kernels/ is found where a package `kernels` from PyPI (an extra of transformers, of TRL) is installed too."""
+"""The folder kernels/ is found where a package `kernels` from PyPI (an extra of transformers and TRL) is installed."""
 
 import os
 import subprocess
