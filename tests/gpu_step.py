@@ -1,4 +1,4 @@
-"""On a bare GPU: steps of train_pref.py on random Llamas of real shapes (time, TFLOP/s, peak memory); attention by backend.
+"""On a bare GPU: steps of train_pref.py on random Llamas of real shapes (time, rate, memory); attention by backend.
 
     python tests/gpu_step.py --shape 3b --ddp [--shard] [--compile] [--checkpoint_activations] [--out rows.jsonl]
     python tests/gpu_step.py --attention [--out rows.jsonl]
@@ -79,7 +79,7 @@ def steps(options, rank, world, device):
 
 
 def attention(device):
-    """-> rows: max |error| of output and gradients of each backend against float32's formula, under train_pref's mask."""
+    """-> rows: max |error| of output and gradients of each backend against float32's formula, under a pair's mask."""
     for T in (64, 128, 192, 320, 576, 640, 832, 1088, 1280) if device.type == "cuda" else (64, 192):
         generator = torch.Generator(device).manual_seed(T)
         q, k, v, g = (torch.randn(2, 4, T, 64, generator=generator, device=device) for _ in range(4))
