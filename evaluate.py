@@ -19,8 +19,7 @@ policy said; samples keep it apart from the text (`stops`; null: cut at --max_ne
 """
 
 import argparse
-import contextlib
-import errno
+import ctypes
 import fcntl
 import gzip
 import hashlib
@@ -31,6 +30,8 @@ import math
 import os
 import random
 import re
+import shutil
+import signal
 import socket
 import sys
 import threading
@@ -40,7 +41,7 @@ from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -312,7 +313,7 @@ PROTOCOL = ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "m
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Sample, label and judge: what a policy says and whether it over-optimizes.")
+    parser = Parser(description="Sample, label and judge: what a policy says and whether it over-optimizes.", usage=None)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     flags = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
 
@@ -1422,41 +1423,71 @@ def main():
     return dict(sample=sample, label=label, golden=golden, bench=bench, judge=judge, plot=plot)[args.command](args)
 
 
-# ============================================================================ Shared by the scripts: read it once
+# ================================================================================= Shared by the scripts: read it once
 # --- shared: run (train_sft, train_rm, train_pref, evaluate) ---
 class UserError(ValueError):
-    """A mistake its user can mend: said once, in one line, without a traceback."""
+    """A mistake its user can mend: said once, in one line, without a traceback. Exit code 1, a wrong flag's 2."""
+
+    code = 1
 
 
-class WrongFlag(UserError):
-    """A mistake on the command line: exit code 2, as argparse has it."""
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is said by one rank, once."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**dict(usage="python %(prog)s [flags]", allow_abbrev=False) | kwargs)
+
+    def error(self, message):
+        wrong = UserError(f"{message} (--help lists the flags)")
+        wrong.code = 2
+        raise wrong
 
 
-# What a disk or a path may answer: the user's to mend. Any other OSError is a mistake of ours and keeps its traceback.
-USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-               errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+def check_ranges(parser, args, positive, signed=()):
+    """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
+    for flag, value in vars(args).items():
+        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < 2**63
+        if unfit or flag in positive and value == 0:
+            parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
+
+
+def say(line):
+    """Print on rank 0, above the progress bar. A screen that is gone (| head, a closed terminal) stops nothing."""
+    try:
+        if int(os.environ.get("RANK", 0)) == 0:
+            tqdm.write(line)
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def guard(main):
-    """Run main and turn a user's mistake into one line and exit code 1 (2: a wrong flag). Ranks above 0 let rank 0 speak first:
-    torchrun ends them when it exits; if rank 0 saw nothing wrong, they speak for themselves."""
+    """Run main and turn a user's mistake into one line. Ranks above 0 let rank 0 speak first: torchrun ends them when
+    it exits; if rank 0 saw nothing wrong, they speak for themselves."""
     code = None
     try:
-        code = main()  # returns, and does not raise, its exit code: what a traceback keeps alive hangs at exit, now and then
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
-            raise
+        code = main()  # returns, and does not raise, its code: what a traceback keeps alive hangs at exit, now and then
+    except (UserError, OSError, SafetensorError) as error:
+        error = error if isinstance(error, UserError) else UserError(str(error))
         time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, WrongFlag) else 1)  # no clean-up that would wait for other ranks
+        get_error_handler().record_exception(error)  # torchrun's last lines repeat it
+        os._exit(error.code)  # no clean-up that would wait for other ranks
     except KeyboardInterrupt:  # before training there is nothing to save
         os._exit(130)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(code)
 
 
-def start(seed, timeout):
-    """Join the process group -> rank, world, device. Without torchrun it is a group of one: collectives need no `if`."""
+def start(seed, timeout, threads):
+    """Join the process group -> rank, world, device. Without torchrun it is a group of one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # PR_SET_PDEATHSIG: a worker whose torchrun was killed must not train on
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.manual_seed(seed)
+    # cuDNN's attention can give NaN gradients under a mask (pytorch issue 196678) and plans anew for every shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
         raise UserError(f"local rank {local_rank}, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
@@ -1465,55 +1496,36 @@ def start(seed, timeout):
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **alone)
-    torch.manual_seed(seed)
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step as it ends
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def on_rank_0(function):
     """Run it on rank 0 and give its result, or what it says is wrong, to every rank."""
-    box = [None, None]
+    box = [None]
     if dist.get_rank() == 0:
         try:
-            box[0] = function()
-        except (UserError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
-                raise
-            box[1] = str(error)
+            box = [function()]
+        except (UserError, OSError, SafetensorError) as error:
+            box = [UserError(str(error))]
     dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise UserError(box[1])
+    if isinstance(box[0], UserError):
+        raise box[0]
     return box[0]
+
+
+def lock(path):
+    """Keep other processes from writing `path` until this one ends, however it does. Raises UserError: who does."""
+    file = open(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{path} is being written by {file.read()}: wait for it, or choose another --out") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    os.dup(file.fileno())  # stays open, and with it the lock
 # --- end shared: run ---
-
-
-# --- shared: parser (train_sft, train_rm, train_pref, evaluate) ---
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a UserError, so that one rank says it once."""
-
-    def error(self, message):
-        raise WrongFlag(f"{message} (--help lists the flags)")
-
-
-def number(kind=float, least=-math.inf, above=-math.inf, below=math.inf, infinite=False):
-    """A flag's type: int or float within these bounds. NaN never is; infinity is with `infinite` alone."""
-
-    def convert(text):
-        value = kind(text)
-        if not (least <= value and above < value < below or infinite and value == math.inf):
-            bounds = [("at least", least), ("above", above), ("below", below)]
-            bounds = [f"{word} {bound:,}" for word, bound in bounds if math.isfinite(bound)]
-            bounds += ["a number or inf" if infinite else "finite"] if below == math.inf else []
-            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds)}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number
-    return convert
-
-
-count = number(int, least=0, below=2**31)
-positive_int = number(int, least=1, below=2**31)
-# --- end shared: parser ---
 
 
 # --- shared: data (train_sft, train_rm, train_pref, evaluate) ---
@@ -1521,223 +1533,202 @@ class SkipRow(Exception):
     """This data row cannot be used; the message is the kind it is counted under."""
 
 
-class Report:
-    """Counts rows that were skipped or cut, by kind, with the place of the first of each."""
+def count(kinds, kind, where):
+    """One more of a kind; the place of the first is kept."""
+    kinds.setdefault(str(kind), [0, where])[0] += 1
 
-    def __init__(self, source):
-        self.source, self.rows, self.skipped, self.cuts, self.where = source, 0, {}, {}, None
 
-    @contextlib.contextmanager
-    def row(self, where, count=True):
-        self.rows += count
-        self.where = where
-        try:
-            yield
-        except SkipRow as skip:
-            self.note(self.skipped, str(skip))
-        except UnicodeEncodeError:  # half of a surrogate pair: JSON can hold it, no tokenizer takes it
-            self.note(self.skipped, "broken Unicode")
-
-    def cut(self, kind):
-        self.note(self.cuts, kind)
-
-    def note(self, counts, kind):
-        n, first = counts.get(kind, (0, self.where))
-        counts[kind] = (n + 1, first)
-
-    def finish(self, kept, noun):
-        """The report as text. Raises UserError if nothing was kept."""
-        say = lambda counts: ", ".join(f"{n} {kind} (first {first})" for kind, (n, first) in counts.items()) or "none"
-        text = f"{self.source}: {kept} {noun} of {self.rows} rows; skipped: {say(self.skipped)}; cut: {say(self.cuts)}"
-        if not kept:
-            raise UserError(f"no usable {noun} in {text}")
-        return text
+def counted(kinds):
+    return ", ".join(f"{n} {kind} (first {where})" for kind, (n, where) in kinds.items()) or "none"
 
 
 def read_rows(source, held_out, recipes):
-    """Yield (where, row) of a .jsonl or .jsonl.gz file, a recipe's name, a Hub dataset's id or directory; `a+b` pools parts."""
+    """Yield (where, row) of JSON, .csv or .parquet files, recipes' names, Hub ids or directories; `a+b` pools."""
     for part in [source] if Path(source).exists() else source.split("+"):
-        if part in recipes or not (Path(part).is_file() or part.endswith((".jsonl", ".gz", ".json"))):
-            name, train, test, convert = recipes.get(part, (part, "train", "test", lambda row: row))
-            try:
-                rows = importlib.import_module("datasets").load_dataset(name, split=test if held_out else train)
-            except ImportError:
-                raise UserError(f"{part}: reading from the Hub needs `pip install datasets`") from None
-            except Exception as error:  # `datasets` has classes of its own for what it cannot read
-                raise UserError(f"{part}: no such file, recipe ({', '.join(recipes)}) or readable Hub dataset: {error}") from None
-            yield from ((f"{part}[{n}]", convert(row)) for n, row in enumerate(rows))
-        else:
+        if part.endswith((".jsonl", ".json", ".gz")):
             yield from read_jsonl(Path(part))
+            continue
+        name, train, test, columns = recipes.get(part, (part, "train", "test", None))
+        kind = Path(part).suffix.removeprefix(".")
+        try:
+            load_dataset = importlib.import_module("datasets").load_dataset
+            if kind in ("csv", "parquet"):
+                rows = load_dataset(kind, data_files=part, split="train")
+            else:
+                rows = load_dataset(name, split=test if held_out else train)
+            rows = rows.select_columns(list(columns)) if columns else rows
+        except Exception as error:  # not installed, not there: `datasets` has classes of its own
+            raise UserError(f"{part}: no JSON file or recipe ({', '.join(recipes)}), and `datasets` (pip install"
+                            f" datasets) cannot read it: {error}") from None
+        yield from ((f"{part}[{number}]", row) for number, row in enumerate(rows))
 
 
 def read_jsonl(path):
-    """Yield ("file:line", object) of a JSON-lines file. Lines end at "\\n" only: U+2028 may stand inside a string."""
+    """Yield ("file:line", object) of a file of JSON lines or of one JSON array. Lines end at line feeds only: U+2028
+    may stand inside a string. By hand, not by `datasets`: it names no line, and refuses a file for one row."""
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line, object_pairs_hook=distinct_keys)
+            is_array = file.readline().strip() == b"["
+            file.seek(0)
+            for number, line in enumerate([file.read()] if is_array else file, 1):
+                row = json.loads(line) if line.strip() else []
+                for row in row if isinstance(row, list) and all(isinstance(item, dict) for item in row) else [row]:
                     yield f"{path}:{number}", row if isinstance(row, dict) else {}
-    except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}:{number}: nested too deeply") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: broken after line {number}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a directory, not a file") from None
-
-
-def distinct_keys(pairs):
-    """A JSON object of which no value is lost: json itself would keep the last of two."""
-    if len(row := dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return row
-
-
-def ids_sha256(rows):
-    """Fingerprint of a list of id arrays: of the data as the model sees it, tokenizer and cuts included."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(len(row).to_bytes(8, "little") + row.tobytes())
-    return digest.hexdigest()
 # --- end shared: data ---
 
 
 # --- shared: demonstration (train_sft, evaluate) ---
 def split_demonstration(row):
-    """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text}; {prompt,
-    completion}; preference rows, of which the chosen response is the demonstration (HH's have the prompt inside); {messages}, of
-    which the last is."""
+    """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text};
+    {prompt, completion}; {messages}, of which the last is the completion; preference rows, of which the chosen response
+    is (HH's have the prompt inside)."""
+    prompt, completion = row.get("prompt"), row.get("completion", row.get("chosen"))
     if "text" in row:
         prompt, completion = None, row["text"]
-    elif "messages" in row and isinstance(row["messages"], list):
+    elif isinstance(row.get("messages"), list):
         prompt, completion = row["messages"][:-1], row["messages"][-1:]
-    else:
-        prompt, completion = row.get("prompt"), row.get("completion", row.get("chosen"))
-        if isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
-            prompt, completion = completion[:-1], completion[-1:]
+    elif isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
+        prompt, completion = completion[:-1], completion[-1:]
+    elif prompt is None:
         marker = "\n\nAssistant:"
-        if prompt is None and isinstance(completion, str) and marker in completion:
-            cut = completion.rfind(marker) + len(marker)
-            prompt, completion = completion[:cut], completion[cut:]
-        if prompt is None:
-            raise SkipRow("no prompt" if isinstance(completion, (str, list)) else "wrong types")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return prompt, completion
-    if not isinstance(completion, str) or not isinstance(prompt, (str, type(None))):
-        raise SkipRow("wrong types")
-    if not completion.strip():
-        raise SkipRow("empty completion")
+        if not isinstance(completion, str) or marker not in completion:
+            raise SkipRow("no prompt" if completion else f"no demonstration, keys: {', '.join(row) or 'none'}")
+        cut = completion.rfind(marker) + len(marker)
+        prompt, completion = completion[:cut], completion[cut:]
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        if not isinstance(completion, str) or not isinstance(prompt, str | None):
+            raise SkipRow("wrong types")
+        if not completion.strip():
+            raise SkipRow("empty completion")
     return prompt, completion
 # --- end shared: demonstration ---
 
 
 # --- shared: tokenizer (train_sft, train_rm, train_pref, evaluate) ---
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-                  "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
-                  "image", *(f"reserved_special_token_{k}" for k in range(2, 246))]  # 256 in all
+TODAY = date(2024, 7, 26)  # for templates that write it (Llama 3.2's own default): a run is the same on any day
 
 
 def load_tokenizer(directory):
-    """The tokenizer of a model directory: AutoTokenizer, or for a directory with nothing but Meta's tokenizer.model (tiktoken's
-    format) the same ids through transformers' converter. Raises UserError if there is none or it has no EOS."""
+    """The tokenizer of a model directory: AutoTokenizer, or for a directory with nothing but Meta's tokenizer.model
+    (tiktoken's format) the same ids through transformers' converter, whose split pattern is Llama 3's."""
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    from tokenizers.processors import TemplateProcessing
 
-    directory = Path(directory)
-    if (directory / "tokenizer.model").exists() and not list(directory.glob("tokenizer*.json")):
-        names = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
-        converter = TikTokenConverter(str(directory / "tokenizer.model"), LLAMA3_PATTERN, extra_special_tokens=names)
-        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # its cache goes by path: it would miss that another file stands there now
-        try:
-            backend = converter.converted()
-            backend.post_processor = TemplateProcessing(single=f"{names[0]} $A", special_tokens=[(names[0], backend.token_to_id(names[0]))])
-        except ValueError as error:
-            raise UserError(f"{directory}/tokenizer.model is not tiktoken's format ({error}); a SentencePiece model needs its"
-                            " tokenizer.json beside it") from None
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
-    else:
-        try:
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+             "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
+             "image", *(f"reserved_special_token_{k}" for k in range(2, 246))]  # 256 in all
+    bos, eos, *_ = special = [f"<|{name}|>" for name in names]
+    meta = directory / "tokenizer.model"
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # its cache goes by path: it would miss that another file stands there now
+    try:
+        if meta.exists() and not list(directory.glob("tokenizer*.json")):
+            backend = TikTokenConverter(str(meta), extra_special_tokens=special).converted()
+            bos_id = backend.token_to_id(bos)
+            backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+        else:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # whatever a broken file leads to; `tokenizers` itself raises no other class
-            raise UserError(f"{directory}: no tokenizer that transformers can load: {error}") from None
+    except Exception as error:  # whatever a broken file leads to; `tokenizers` itself raises no other class
+        raise UserError(f"{directory}: no tokenizer that transformers can load (a SentencePiece model needs its"
+                        f" tokenizer.json): {error}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     return tokenizer
 
 
 def encode(tokenizer, texts, vocab_size):
-    """Texts -> arrays of ids, without BOS and EOS. Special tokens written in the text are parsed, as everywhere in transformers:
-    prompts come already rendered. Raises UserError for an id that the model does not have."""
-    ids = []
-    for k in range(0, len(texts), 1000):  # arrays: 4 bytes a token, where a list takes 36
-        rows = tokenizer(texts[k : k + 1000], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        ids += (array("i", row) for row in rows)
-    largest = max([tokenizer.eos_token_id, tokenizer.bos_token_id or 0, *(max(row, default=0) for row in ids)])
+    """Texts -> lists of ids, without BOS and EOS. Special tokens written in the text are parsed, as everywhere in
+    transformers: prompts come already rendered. Raises UserError for an id that the model does not have."""
+    ids = tokenizer([*texts, ""], add_special_tokens=False, verbose=False)["input_ids"][: len(texts)]
+    largest = max(tokenizer.eos_token_id, tokenizer.bos_token_id or 0, *map(max, filter(None, ids)), 0)
     if largest >= vocab_size:
-        raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs to another"
-                        " model")
+        raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs"
+                        " to another model")
     return ids
 
 
-def cut_prompt(ids, tokenizer, limit, truncation, report):
-    """One BOS, if the tokenizer has one, then at most `limit` tokens in all. Raises SkipRow."""
-    bos = array("i", [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
-    if bos and ids[:1] == bos:  # a chat template may have written it
-        ids = ids[1:]
-    room = limit - len(bos)
-    if len(ids) > room:
-        if truncation == "drop":
-            raise SkipRow("prompt too long")
-        report.cut("prompt")
-        ids = ids[len(ids) - room :] if truncation == "keep_end" else ids[:room]
-    if not bos + ids:
-        raise SkipRow("empty prompt")
-    return bos + ids
+def encode_after(tokenizer, befores, texts, vocab_size):
+    """Ids that texts have after what stands before them: SentencePiece begins a text on its own with a space. Where the
+    two merge across their border: after a line break; where that merges too, on its own."""
+    befores = [before[-64:] for before in befores]  # its last words decide, at a fraction of a long prompt's cost
+    heads = encode(tokenizer, befores, vocab_size)
+    found = encode(tokenizer, [before + text for before, text in zip(befores, texts)], vocab_size)
+    for k, (head, ids) in enumerate(zip(heads, found)):
+        for before in ("\n", ""):
+            if ids[: len(head)] != head:
+                head, ids = encode(tokenizer, [before, before + texts[k]], vocab_size)
+        found[k] = ids[len(head) :]
+    return found
 
 
-def cut_response(ids, tokenizer, room, report):
-    """One EOS at the end; if it does not fit in `room` tokens the response loses its end and gets no EOS. Raises SkipRow."""
-    eos = array("i", [tokenizer.eos_token_id])
-    ids = ids if ids[-1:] == eos else ids + eos
-    if room < 1:
-        raise SkipRow("no room for a response")
+def stop_ids(tokenizer):
+    """The ids that may end a response: special tokens that neither begin a text nor stand for padding or unknowns."""
+    special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special - {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} | {tokenizer.eos_token_id}
+
+
+def cut_prompt(ids, tokenizer, limit):
+    """One BOS, if the tokenizer has one, then the prompt's end, at most `limit` ids -> ids, how many were cut."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = ids[1:] if bos and ids[:1] == bos else ids  # a chat template may have written it
+    excess = max(0, len(bos) + len(ids) - limit)
+    return bos + ids[excess:], excess
+
+
+def end_response(ids, tokenizer, stops):
+    """A response ends with the stop that the template or the sampler put there; EOS where there is none."""
+    ids = ids if ids and ids[-1] in stops else ids + [tokenizer.eos_token_id]
     if len(ids) == 1:
         raise SkipRow("empty response")
-    if len(ids) > room:
-        report.cut("response")
-    return ids[:room]
+    return ids
 
 
-def render_chat(tokenizer, prompt, response):
-    """Lists of {role, content} -> prompt text, response text by the tokenizer's chat template. Raises SkipRow; UserError if
-    there is no template. The response ends before its EOS, which cut_response writes."""
+def apply_template(tokenizer, messages, tools, **kwargs):
+    """Messages as the text that the chat template gives. Raises SkipRow; UserError if there is no template."""
     if tokenizer.chat_template is None:
-        raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's tokenizer"
-                        " or data with text prompts")
+        raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's"
+                        " tokenizer, or data with text prompts")
+    kwargs |= dict(tokenize=False, strftime_now=TODAY.strftime)
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        return tokenizer.apply_chat_template(messages, tools=tools or None, **kwargs)
+    except Exception as error:  # a template is a program: it may raise anything
+        raise SkipRow(f"refused by the chat template ({' '.join(str(error).split())[:80]})") from None
+
+
+def render_chat(tokenizer, prompt, response, tools=None):
+    """Lists of {role, content} -> prompt text, response text by the tokenizer's chat template, up to the stop that
+    ends the turn. Raises SkipRow; UserError if there is no template."""
     messages = prompt + response
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages) or not all(
+            isinstance(m.get("content"), str) or m.get("tool_calls") for m in messages):
         raise SkipRow("wrong types")
     if not prompt or not response or response[0]["role"] != "assistant":
         raise SkipRow("prompt mismatch")
-    if not any(message["content"].strip() for message in response):
+    if not any((m.get("content") or "").strip() or m.get("tool_calls") for m in response):
         raise SkipRow("empty response")
-    try:
-        prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError:  # many demand that user and assistant alternate
-        raise SkipRow("refused by the chat template") from None
+    prompt_text = apply_template(tokenizer, prompt, tools, add_generation_prompt=True)
+    text = apply_template(tokenizer, messages, tools)
     if not text.startswith(prompt_text):
         raise SkipRow("chat template does not continue the prompt")
-    text, eos = text[len(prompt_text) :], tokenizer.eos_token
-    return prompt_text, text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
+    stops = tuple(tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer))))
+    text = text[len(prompt_text) :]
+    return prompt_text, text.rstrip() if text.rstrip().endswith(stops) else text
+
+
+def template_stop(tokenizer):
+    """The id that ends an assistant's turn in the chat template; EOS where there is no template or it writes none."""
+    try:
+        _, text = render_chat(tokenizer, [dict(role="user", content="a")], [dict(role="assistant", content="b")])
+    except (SkipRow, UserError):
+        return tokenizer.eos_token_id
+    return end_response(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer, stop_ids(tokenizer))[-1]
 # --- end shared: tokenizer ---
 
 
@@ -1746,26 +1737,28 @@ PLAIN_PROMPT = 256  # columns, see batch_tensors
 
 
 def to_device(values, device):
-    """A list of numbers or a tensor, there. To a GPU from pinned memory: then the host need not wait until it is idle."""
+    """A list of numbers or a tensor, there. To a GPU from pinned memory: the host need not wait until it is idle."""
     tensor = torch.as_tensor(values)
     return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def batch_tensors(rows, predict, device, **lists):
-    """Pad rows of (tokens, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,). `prompt`: as
-    many of the first columns are prompt (segment 0) in every row; 0 if they are few, where one call of attention is as fast as two."""
-    T = max(len(tokens) for tokens, _, _ in rows)
-    pad = lambda k, value: [row[k] + [value] * (T - len(row[k])) for row in rows]
-    lists |= dict(ids=pad(0, 0), positions=pad(1, 0), segments=pad(2, -1), predict=[b * T + t for b, t in predict])
+    """Pad rows of (ids, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,).
+    `prompt`: as many of the first columns are prompt (segment 0) in every row; 0 if few: one attention is as fast."""
+    T = max(len(ids) for ids, _, _ in rows)
+    for k, (name, value) in enumerate([("ids", 0), ("positions", 0), ("segments", -1)]):
+        lists[name] = [row[k] + [value] * (T - len(row[k])) for row in rows]
+    lists["predict"] = [b * T + t for b, t in predict]
     prompt = min(segments.count(0) for _, _, segments in rows)
-    return {name: to_device(values, device) for name, values in lists.items()} | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
+    tensors = {name: to_device(values, device) for name, values in lists.items()}
+    return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
 
 
 def deal(lengths, micro_batch_size, world):
-    """Deal a step's examples, whose token counts are `lengths`, to rounds of micro-batches -> rounds[k][rank] = [example].
+    """Deal a step's examples, whose token counts are `lengths`, to micro-batches -> rounds[k][rank] = [example].
 
-    Longest first, neighbours together: little padding, and the ranks of a round work for about the same time. Every rank has
-    the same number of rounds (collectives must match); a micro-batch may be empty when examples run out."""
+    Longest first, neighbours together: little padding, and the ranks of a round work for about the same time. Every
+    rank has the same number of rounds (collectives must match); a micro-batch may be empty when examples run out."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n_rounds = math.ceil(len(order) / (micro_batch_size * world))
     n_groups = n_rounds * world
@@ -1776,90 +1769,43 @@ def deal(lengths, micro_batch_size, world):
 
 
 # --- shared: llama (train_sft, train_rm, train_pref, evaluate) ---
-@dataclass
-class LlamaConfig:
-    """The shape of a Llama, read from config.json; names are transformers'."""
+def read_config(directory):
+    """config.json of either dialect -> transformers' LlamaConfig, which checks types and fills in defaults. Raises
+    UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
+    from transformers import AutoConfig
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    initializer_range: float
-    rope: dict  # rope_type, rope_theta and, for llama3, its four parameters
-    tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-
-
-def read_json(path):
-    """The object in a JSON file of somebody else's. Raises UserError where there is none."""
+    path, raw = directory / "config.json", read_json(directory / "config.json")
     try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return raw
-
-
-def read_config(path):
-    """config.json (old dialect: rope_theta, rope_scaling; transformers 5: rope_parameters) -> LlamaConfig.
-    Raises UserError, naming it, for whatever this forward does not compute."""
-    path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
-    raw = read_json(path)
-    if (generation := path.with_name("generation_config.json")).exists():
-        read_json(generation)  # the first checkpoint needs it: said now if it is broken
-    rope = [raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}]
-    if not all(isinstance(part, dict) for part in rope):
-        raise UserError(f"{path}: rope_scaling or rope_parameters is {rope!r:.100}: not an object")
-    rope = dict(rope_theta=raw.get("rope_theta", 10000.0)) | rope[0] | rope[1]
-    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
-    raw["partial_rotary_factor"] = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    for key, value, known in (("model_type", raw.get("model_type"), ("llama",)), ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
-                              ("rope_type", rope["rope_type"], ("default", "llama3")),
-                              ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0), (1.0,)),
-                              ("quantization_config", raw.get("quantization_config"), (None,))):
+        c = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # `transformers` raises KeyError, OSError, ValueError and classes of its own
+        raise UserError(f"{path}: {error}") from None
+    rope = getattr(c, "rope_parameters", None) or {}
+    for key, value, known in (("model_type", c.model_type, ["llama"]), ("hidden_act", c.hidden_act, ["silu"]),
+                              ("rope_type", rope.get("rope_type"), ["default", "llama3"]),
+                              ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0]),
+                              ("quantization_config", getattr(c, "quantization_config", None), [None])):
         if value not in known:
             raise UserError(f"{path}: {key} is {value!r:.100}; known: {', '.join(map(repr, known))}")
-    needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    missing = [k for k in needed if k not in raw] + [k for k in scaling if rope["rope_type"] == "llama3" and k not in rope]
-    if missing:
-        raise UserError(f"{path}: {', '.join(missing)} missing")
-    limits = dict.fromkeys([*needed, "head_dim", "num_key_value_heads"], 2**24) | dict(num_hidden_layers=1000)
-    for key, most in limits.items():
-        if (key in needed or raw.get(key)) and not (type(raw[key]) is int and 0 < raw[key] <= most):
-            raise UserError(f"{path}: {key} is {raw[key]!r:.100}: must be a whole number from 1 to {most:,}")
-    numbers = {key: raw[key] for key in ("rms_norm_eps", "initializer_range") if key in raw}
-    for key, value in (numbers | {key: rope[key] for key in ("rope_theta", *scaling) if key in rope}).items():
-        if type(value) not in (int, float) or not 0 < value < 1e12:
+    scaling = scaling if rope["rope_type"] == "llama3" else []
+    given = raw | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    for key in (*sizes, *scaling, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
+        value = rope[key] if key in rope else getattr(c, key, None)
+        if key in (*sizes, *scaling) and key not in given:
+            raise UserError(f"{path}: {key} is missing")
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
-    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        if type(raw.get(key, False)) is not bool:
-            raise UserError(f"{path}: {key} is {raw[key]!r:.100}: must be true or false")
-    if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
-        raise UserError(f"{path}: low_freq_factor {rope['low_freq_factor']} must be below high_freq_factor"
-                        f" {rope['high_freq_factor']}")
-    heads = raw["num_attention_heads"]
-    head_dim, kv_heads = raw.get("head_dim") or raw["hidden_size"] // heads, raw.get("num_key_value_heads") or heads
-    if raw["hidden_size"] % heads or heads % kv_heads or head_dim % 2:
-        raise UserError(f"{path}: hidden_size {raw['hidden_size']}, {heads} heads of head_dim {head_dim}, {kv_heads} key-value heads:"
-                        " heads must divide hidden_size, key-value heads the heads, and head_dim must be even")
-    return LlamaConfig(**{k: raw[k] for k in needed}, num_key_value_heads=kv_heads, head_dim=head_dim,
-                       rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02), rope=rope,
-                       tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                       attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False))
+    if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
+        raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
+                        f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
+    return c
 
 
 def rope_frequencies(config):
-    """Radians per position of each pair of dimensions (head_dim/2,), float32. llama3 (Llama 3.1) divides the low frequencies by
-    `factor`, keeps the high ones, and goes linearly from one to the other between."""
-    rope, dim = config.rope, config.head_dim
+    """Radians per position of each pair of dimensions (head_dim/2,), float32. llama3 (Llama 3.1) divides the low
+    frequencies by `factor`, keeps the high ones, and goes linearly from one to the other between."""
+    rope, dim = config.rope_parameters, config.head_dim
     freqs = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     if rope["rope_type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)  # over the original context
@@ -1876,21 +1822,17 @@ def rotate(x, cos, sin):
 
 
 class Linear(nn.Linear):
-    """In the dtype of its input: the float32 master weight is cast where it is used (under FSDP2 it comes already cast)."""
+    """In the dtype of its input: the float32 master weight is cast where it is used (FSDP2 has cast it already)."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; in the dtype of its input, likewise."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -1902,23 +1844,20 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
         self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, cos, sin, mask, prompt=0, cached=None):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cached is None:
-            k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
-            out = F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask)  # (B, H, T - prompt, head_dim)
-            if prompt:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
-                q, k, v = (t[:, :, :prompt] for t in (q, k, v))
-                out = torch.cat((F.scaled_dot_product_attention(q, k, v, is_causal=True), out), dim=2)
-        else:  # generation: keys and values (B, K, L, head_dim) of all tokens so far, with room for these T at the end
-            keys, values = cached
-            keys[:, :, -T:], values[:, :, -T:] = k, v
-            q = q.reshape(B, self.K, -1, self.head_dim)  # the H/K heads of a kv head as more queries: nothing is copied
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(1, 1, self.H // self.K, 1))
-            out = out.view(B, self.H, T, -1)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+    def project(self, x, cos, sin):
+        """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x, cos, sin, mask, prompt=0):
+        q, k, v = self.project(x, cos, sin)
+        k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
+        out = F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask)  # (B, H, T - prompt, head_dim)
+        if prompt:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+            q, k, v = (t[:, :, :prompt] for t in (q, k, v))
+            out = torch.cat((F.scaled_dot_product_attention(q, k, v, is_causal=True), out), dim=2)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -1939,15 +1878,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, prompt=0, cached=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, prompt, cached)
+    def forward(self, x, cos, sin, mask, prompt=0):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, prompt)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. The first `prompt`
-    columns are prompt in all rows. `cache` holds the tokens before these (evaluate.py): cache.extend(segments) -> segments (B, L)
-    of all tokens, one (keys, values) a layer."""
+    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. The
+    first `prompt` columns are prompt in all rows."""
 
     def __init__(self, c):
         super().__init__()
@@ -1957,48 +1895,43 @@ class LlamaModel(nn.Module):
         self.frequencies = rope_frequencies(c)
         self.dtype, self.checkpoint_activations = torch.float32, False
 
-    def forward(self, ids, positions, segments, prompt=0, cache=None):
-        x = self.embed_tokens(ids).to(self.dtype)
-        self.frequencies = self.frequencies.to(x.device)
-        angles = positions[:, None, :, None] * self.frequencies  # (B, 1, T, head_dim/2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding (-1) sees padding.
-        key_segments, cached = (segments, [None] * len(self.layers)) if cache is None else cache.extend(segments)
-        query, key = segments[:, None, prompt:, None], key_segments[:, None, None, :]
-        seen = ((query == key) | ((key == 0) & (query > 0))).tril(key.shape[3] - query.shape[2])  # (B, 1, T - prompt, L); no cache: L = T
-        mask = torch.where(seen, x.new_zeros(()), -math.inf)  # added to the scores; of booleans each layer would make its own
-        for layer, keys_values in zip(self.layers, cached):
+    def angles(self, positions):
+        """-> cos, sin (B, 1, T, head_dim/2) of the rotary embedding."""
+        self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[:, None, :, None] * self.frequencies
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def forward(self, ids, positions, segments, prompt=0):
+        x, (cos, sin) = self.embed_tokens(ids).to(self.dtype), self.angles(positions)
+        # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding sees padding.
+        query, key = segments[:, None, prompt:, None], segments[:, None, None, :]
+        seen = ((query == key) | ((key == 0) & (query > 0))).tril(prompt)
+        # Added to the scores, (B, 1, T - prompt, T); of booleans each layer would make its own, and of rows that are no
+        # multiple of 16 long a GPU's kernels a copy.
+        T = segments.shape[1]
+        mask = x.new_zeros(len(ids), 1, T - prompt, -(-T // 16) * 16)[..., :T].masked_fill_(~seen, -math.inf)
+        for layer in self.layers:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, prompt, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, prompt, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, prompt, keys_values)
+                x = layer(x, cos, sin, mask, prompt)
         return self.norm(x)
 
 
-def memory_bytes(device):
-    """All the memory of a GPU, or of the machine."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def build(make, device, precision, shard, compile_layers, checkpoint_activations):
-    """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each rank, or
-    with `shard` FSDP2's share of it."""
+def build(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
+    """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each
+    rank, or with `shard` FSDP2's share of it."""
     with torch.device("meta"):
         model = make()
-    need, have = 4 * sum(param.numel() for param in model.parameters()), memory_bytes(device)
-    if need > have * (dist.get_world_size() if shard else 1):
-        raise UserError(f"the model of this config.json needs {need / 1e9:,.0f} GB for its weights in float32; {device} has"
-                        f" {have / 1e9:,.0f} GB")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
     if compile_layers:
+        say("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     if shard:  # bf16 products; float32 gradients and their sums
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module in (*model.model.layers, model):  # also the root: a forward without backward must leave no whole weights
+        for module in (*model.model.layers, model):
             fully_shard(module, mp_policy=mixed, reshard_after_forward=True)
     return model.to_empty(device=device)
 # --- end shared: llama ---
@@ -2014,7 +1947,7 @@ class RewardModel(nn.Module):
         self.score = Linear(c.hidden_size, 1, bias=False)
 
     def forward(self, ids, positions, segments, predict, prompt=0):
-        """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T) position of each response's last token."""
+        """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
         hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
         return self.score(hidden.float())
 # --- end shared: reward ---
@@ -2022,103 +1955,107 @@ class RewardModel(nn.Module):
 
 # --- shared: load (train_sft, train_rm, train_pref, evaluate) ---
 def find_model(name):
-    """A model directory, or a Hub id's snapshot (safetensors and JSON only: pickled weights are never fetched)."""
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists() or len(Path(name).parts) > 2 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such model directory")
+    """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles."""
+    path = Path(name)
+    if path.exists():
+        return path if path.is_dir() else path.parent
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]))
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no such directory, and not on the Hub: {error}") from None
+        raise UserError(f"{name}: no such model directory, and not on the Hub: {error}") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises UserError where there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: no JSON object that can be read: {error}") from None
 
 
 def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+        raise UserError(f"{path}: no whole safetensors file (pickled weights are never read): {error}") from None
 
 
-def sha256(path):
+def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_sha256(directory):
-    """Fingerprint of a model directory: its config and weights."""
-    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+def file_sha256s(directory, *patterns):
+    """{name in the directory: sha256} but for the manifest; in threads, as hashing lets go of Python's lock."""
+    paths = sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
+    with ThreadPoolExecutor() as pool:
+        digests = zip(paths, pool.map(file_sha256, paths))
+        return {str(path.relative_to(directory)): digest for path, digest in digests if path.name != "manifest.json"}
+
+
+def fingerprint(directory):
+    """Of a model directory: its weights, config and tokenizer."""
+    digests = file_sha256s(directory, "*.safetensors", "*.json", "*.jinja", "*.model")
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
 def verify(directory):
-    """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's. Raises
-    UserError naming the first file that is damaged."""
-    manifest, damaged = directory / "manifest.json", None
-    if manifest.exists() or (directory / "trainer").exists():
-        found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
-        try:
-            digests = read_json(manifest)
-            names = digests.keys() | {name for name in found if ".safetensors" in name}  # weights that somebody put there, too
-            damaged = next((n for n in sorted(names) if n not in found or digests.get(n) != sha256(directory / n)), None)
-        except UserError:
-            damaged = manifest.name
-    if damaged:
-        raise UserError(f"{directory / damaged} is missing, new or not what was written: restore it, or delete {directory} and"
-                        " go on from the checkpoint before")
-    return directory
+    """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's.
+    UserError names the first of weights and trainer/ that is not what was written; an edited text is warned of."""
+    state = (directory / "trainer").exists()  # older checkpoints may have let go of it, see --keep_state
+    if not state and not (directory / "manifest.json").exists():
+        return
+    written, found = read_json(directory / "manifest.json"), file_sha256s(directory, "**/*")
+    for name in sorted(written.keys() | found.keys()):
+        ours = name in written and (state or not name.startswith("trainer/"))
+        strict = name.endswith(".safetensors") or name.startswith("trainer/")
+        if written.get(name) != found.get(name) and (ours or strict and name in found):
+            if strict or name not in found:
+                raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
+                                f" {directory} and go on from the checkpoint before")
+            say(f"warning: {directory / name} was edited; it is used as it is")
 
 
 def share_like(param, tensor):
     """A whole tensor -> this rank's share of it, laid out like `param`."""
     tensor = tensor.to(param.device, param.dtype)
-    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None) if isinstance(param, DTensor) else tensor
+    if isinstance(param, DTensor):
+        return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
+    return tensor
 
 
 def open_weights(directory):
-    """-> {tensor name: the open file that holds it}, of model.safetensors or of the files in this directory that its index names.
-    Raises UserError where the two do not agree."""
-    index, weight_map = directory / "model.safetensors.index.json", {}
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        names = weight_map.values() if isinstance(weight_map, dict) else ()
-        plain = (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name for name in names)
-        if not names or not all(plain):
-            raise UserError(f"{index}: weight_map must name .safetensors files in this directory")
-    names = sorted(set(weight_map.values())) or ["model.safetensors"]
-    if not (directory / names[0]).exists():
-        raise UserError(f"{directory}: no {names[0]} (pickled weights, *.bin, are never read: convert them)")
-    files = {name: open_safetensors(directory / name) for name in names}
-    held = {name: set(file.keys()) for name, file in files.items()}
-    for tensor, name in weight_map.items():
-        if tensor not in held[name]:
-            raise UserError(f"{directory / name}: lacks {tensor}, which the index says it holds: a file of another model")
-    return {tensor: files[name] for name in names for tensor in held[name]}
+    """-> {tensor name: the open file that holds it}, of model.safetensors or of the files that its index names."""
+    index = directory / "model.safetensors.index.json"
+    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+    files = [open_safetensors(directory / Path(name).name) for name in sorted(names)]
+    return {tensor: file for file in files for tensor in file.keys()}
 
 
 @torch.no_grad()
 def load_weights(model, directory, new=(), drop=()):
-    """Fill every parameter from the directory's safetensors, one or sharded. Strict: raises UserError naming a missing, extra
-    or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop` unread. Returns the model."""
-    directory = verify(directory)
-    files = open_weights(directory)
+    """Fill every parameter from the directory's safetensors, one or sharded; all ranks call it. Strict: UserError names
+    a missing, extra or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop`
+    unread. Returns the model."""
+    on_rank_0(lambda: verify(directory))
+    master = directory / "trainer" / "weights"  # float32, where the model itself was saved in bf16
+    files = open_weights(master if master.exists() else directory)
     params = {name: param for name, param in model.named_parameters() if name not in new}
     # Left out: rotary tables, which old exports hold and the config determines; the second copy of a tied head.
-    extra = sorted(name for name in files.keys() - params.keys() - {*drop} if not name.endswith("rotary_emb.inv_freq"))
-    if extra == ["lm_head.weight"]:
-        if torch.equal(files[extra[0]].get_tensor(extra[0]), files["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")):
-            extra = []
-    missing = sorted(params.keys() - files.keys())
+    extra = {name for name in files.keys() - params.keys() - {*drop} if not name.endswith("rotary_emb.inv_freq")}
+    if extra == {"lm_head.weight"} and "model.embed_tokens.weight" in files:
+        head, embedding = (files[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        extra = set() if torch.equal(head, embedding) else extra
+    missing = params.keys() - files.keys()
     if missing or extra:
-        raise UserError(f"{directory}: the weights do not fit config.json: missing {missing[:4]}, extra {extra[:4]}"
-                        f" ({len(missing)} and {len(extra)} in all)")
+        raise UserError(f"{directory}: the weights do not fit config.json: missing {sorted(missing)[:4]}, extra"
+                        f" {sorted(extra)[:4]} ({len(missing)} and {len(extra)} in all)")
     for name, param in params.items():
-        shape, dtype = files[name].get_slice(name).get_shape(), files[name].get_slice(name).get_dtype()
-        if shape != list(param.shape):
-            raise UserError(f"{directory}: {name} has shape {shape}, config.json says {list(param.shape)}")
-        if dtype not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{directory}: {name} is {dtype}, not a float of 16 bits or more: the weights are quantized")
-        param.copy_(share_like(param, files[name].get_tensor(name)))
+        tensor = files[name].get_tensor(name)
+        if tensor.shape != param.shape or tensor.dtype.itemsize < 2 or not tensor.dtype.is_floating_point:
+            raise UserError(f"{directory}: {name} is {tensor.dtype} {list(tensor.shape)}; config.json says"
+                            f" {list(param.shape)}, and quantized weights are not read")
+        param.copy_(share_like(param, tensor))
     return model
 
 
@@ -2134,198 +2071,18 @@ def settle(path):
 
 
 def write_aside(path, write):
-    """write(temporary path), settle and rename: `path` is whole or as it was."""
+    """write(temporary path), settle, rename: `path`, a file or directory, is whole or as it was. Raises UserError."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
         write(aside)
-        settle(aside)
+        for written in (*aside.rglob("*"), aside):
+            settle(written)
         os.replace(aside, path)
         settle(path.parent)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from None
+        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None
 # --- end shared: load ---
-
-
-# What follows stands in for the shared blocks' next version, and goes with it.
-HELD = {}
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-
-    def error(self, message):
-        raise WrongFlag(f"{message} (--help lists the flags)")
-
-
-def check_ranges(parser, args, positive=(), signed=()):
-    for flag, value in vars(args).items():
-        if type(value) in (int, float) and flag not in signed and not 0 <= value < 2**63:
-            parser.error(f"--{flag} {value}: must be at least 0 and finite")
-        if flag in positive and value is not None and not value > 0:
-            parser.error(f"--{flag} {value}: must be above 0")
-
-
-def say(line):
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(line)
-        sys.stdout.flush()
-
-
-_start = start
-
-
-def start(seed, timeout, threads):
-    if threads:
-        torch.set_num_threads(threads)
-    return _start(seed, timeout)
-
-
-def lock(path):
-    file = open(path.with_name(f".{path.name}.lock"), "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if HELD.get(path.resolve()):
-            return
-        file.seek(0)
-        raise UserError(f"{path} is being written by {file.read()}: wait for it, or choose another --out") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    HELD[path.resolve()] = file
-
-
-def count(kinds, kind, where):
-    kinds.setdefault(kind, [0, where])[0] += 1
-
-
-def counted(kinds):
-    return ", ".join(f"{n} {kind} (first {where})" for kind, (n, where) in kinds.items()) or "none"
-
-
-def read_rows(source, held_out, recipes):
-    for part in [source] if Path(source).exists() else source.split("+"):
-        if part.endswith((".jsonl", ".json", ".gz")):
-            yield from read_jsonl(Path(part))
-            continue
-        name, train, test, columns = recipes.get(part, (part, "train", "test", None))
-        try:
-            rows = importlib.import_module("datasets").load_dataset(name, split=test if held_out else train)
-        except Exception as error:
-            raise UserError(f"{part}: no file, recipe ({', '.join(recipes)}) or Hub dataset to read: {error}") from None
-        rows = rows.select_columns(list(columns)) if columns else rows
-        yield from ((f"{part}[{number}]", row) for number, row in enumerate(rows))
-
-
-def read_jsonl(path):
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            array_of_lines = file.readline().strip() == b"["
-            file.seek(0)
-            for number, line in enumerate([file.read()] if array_of_lines else file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    for row in row if isinstance(row, list) and row and isinstance(row[0], dict) else [row]:
-                        yield f"{path}:{number}", row if isinstance(row, dict) else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: not JSON: {error}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: broken after line {number}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-_encode, _cut_prompt, _load_tokenizer = encode, cut_prompt, load_tokenizer
-
-
-def encode(tokenizer, texts, vocab_size):
-    return [list(ids) for ids in _encode(tokenizer, texts, vocab_size)]
-
-
-def cut_prompt(ids, tokenizer, limit):
-    found = list(_cut_prompt(array("i", ids), tokenizer, limit, "keep_end", Report("")))
-    return found, int(found[1:] != list(ids)[-len(found) + 1 :]) if len(found) > 1 else 0
-
-
-def encode_after(tokenizer, befores, texts, vocab_size):
-    befores = [before[-64:] for before in befores]
-    heads = encode(tokenizer, befores, vocab_size)
-    found = encode(tokenizer, [before + text for before, text in zip(befores, texts)], vocab_size)
-    for k, (head, ids) in enumerate(zip(heads, found)):
-        for before in ("\n", ""):
-            if ids[: len(head)] != head:
-                head, ids = encode(tokenizer, [before, before + texts[k]], vocab_size)
-        found[k] = ids[len(head) :]
-    return found
-
-
-def stop_ids(tokenizer):
-    special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special - {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} | {tokenizer.eos_token_id}
-
-
-def apply_template(tokenizer, messages, tools, **kwargs):
-    if tokenizer.chat_template is None:
-        raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's"
-                        " tokenizer or data with text prompts")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **kwargs)
-    except Exception as error:
-        raise SkipRow(f"refused by the chat template ({' '.join(str(error).split())[:80]})") from None
-
-
-def render_chat(tokenizer, prompt, response, tools=None):
-    messages = prompt + response
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        raise SkipRow("wrong types")
-    if not prompt or not response or response[0]["role"] != "assistant":
-        raise SkipRow("prompt mismatch")
-    prompt_text = apply_template(tokenizer, prompt, tools, add_generation_prompt=True)
-    text = apply_template(tokenizer, messages, tools)
-    if not text.startswith(prompt_text):
-        raise SkipRow("chat template does not continue the prompt")
-    text = text[len(prompt_text) :]
-    stops = tuple(tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer))))
-    return prompt_text, text.rstrip() if text.rstrip().endswith(stops) else text
-
-
-def template_stop(tokenizer):
-    try:
-        _, text = render_chat(tokenizer, [dict(role="user", content="a")], [dict(role="assistant", content="b")])
-    except (SkipRow, UserError):
-        return tokenizer.eos_token_id
-    last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
-    return last if last in stop_ids(tokenizer) else tokenizer.eos_token_id
-
-
-def project(self, x, cos, sin):
-    B, T, _ = x.shape
-    q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-
-def angles(self, positions):
-    self.frequencies = self.frequencies.to(positions.device)
-    found = positions[:, None, :, None] * self.frequencies
-    return found.cos().to(self.dtype), found.sin().to(self.dtype)
-
-
-Attention.project, LlamaModel.angles = project, angles
-_build, file_sha256 = build, sha256
-
-
-def build(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
-    return _build(make, device, precision, shard, compile_layers, checkpoint_activations)
-
-
-def fingerprint(directory):
-    paths = [path for kind in ("*.safetensors", "*.json", "*.jinja", "*.model") for path in directory.glob(kind)]
-    digests = {path.name: file_sha256(path) for path in sorted(paths) if path.name != "manifest.json"}
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -469,8 +469,8 @@ class UserError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is said by one rank, once."""
 
-    def __init__(self, description):
-        super().__init__(description=description, usage="python %(prog)s [flags]", allow_abbrev=False)
+    def __init__(self, **kwargs):
+        super().__init__(**dict(usage="python %(prog)s [flags]", allow_abbrev=False) | kwargs)
 
     def error(self, message):
         wrong = UserError(f"{message} (--help lists the flags)")
@@ -1168,10 +1168,14 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
         self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, cos, sin, mask, prompt=0):
+    def project(self, x, cos, sin):
+        """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x, cos, sin, mask, prompt=0):
+        q, k, v = self.project(x, cos, sin)
         k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
         out = F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask)  # (B, H, T - prompt, head_dim)
         if prompt:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
@@ -1215,11 +1219,14 @@ class LlamaModel(nn.Module):
         self.frequencies = rope_frequencies(c)
         self.dtype, self.checkpoint_activations = torch.float32, False
 
+    def angles(self, positions):
+        """-> cos, sin (B, 1, T, head_dim/2) of the rotary embedding."""
+        self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[:, None, :, None] * self.frequencies
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
     def forward(self, ids, positions, segments, prompt=0):
-        x = self.embed_tokens(ids).to(self.dtype)
-        self.frequencies = self.frequencies.to(x.device)
-        angles = positions[:, None, :, None] * self.frequencies  # (B, 1, T, head_dim/2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        x, (cos, sin) = self.embed_tokens(ids).to(self.dtype), self.angles(positions)
         # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding sees padding.
         query, key = segments[:, None, prompt:, None], segments[:, None, None, :]
         seen = ((query == key) | ((key == 0) & (query > 0))).tril(prompt)
