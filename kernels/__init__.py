@@ -1,1 +1,1 @@
-"""The project's kernels. With this file the folder comes before an installed package of the same name."""
+"""The log-prob kernels; a package of its own, so that no other named `kernels` is found first."""

@@ -118,7 +118,7 @@ def one_server():
 
 
 @pytest.fixture
-def server(one_server, monkeypatch):
+def server(one_server, monkeypatch, process_group):
     one_server.reset(lambda request, nth: fair(request))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -150,9 +150,7 @@ def command(server, tmp_path, *more, **flags):
 
 def judge(server, tmp_path, **flags):
     """-> the summary."""
-    parser = evaluate.Parser()
-    evaluate.judge_flags(parser)
-    evaluate.judge(parser.parse_args(command(server, tmp_path, **flags)))
+    evaluate.judge(evaluate.parse_args(["judge", *command(server, tmp_path, **flags)]))
     return json.loads((tmp_path / "verdicts.summary.json").read_text())
 
 
@@ -179,17 +177,17 @@ def no_key(tmp_path, *texts):
 def test_table_2(shared):
     paper = (shared / "paper.txt").read_text()
     printed = paper[paper.index("For the following dialogue history") : paper.index("Table 2: Prompt for GPT-4")]
-    filled = evaluate.PROMPTS["hh"].format(prompt="<dialogue history>", a="<Response A>", b="<Response B>")
+    filled = evaluate.COMPARE.format(prompt="<dialogue history>", a="<Response A>", b="<Response B>")
     assert filled.split() == printed.split()
 
 
 def test_texts_are_sent_as_they_are(server, tmp_path):
     """Braces and backslashes are no template's; blanks around a text are gone; an empty completion is judged."""
     row = dict(prompt=" {prompt} \\n {a}", completions=["  {b} good", ""], references=[" {0} ", "unused"])
-    assert judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", [row]), prompt="tldr")["scored"] == 2
+    assert judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", [row]))["scored"] == 2
     for (path, request), ours in zip(sorted(server.requests, key=lambda r: "{b}" not in content(r[1])), ("{b} good", "")):
         assert path == "/v1/chat/completions" and request["temperature"] == 0 and request["model"] == "gpt-4o-mini"
-        assert "Post:\n{prompt} \\n {a}\n\nSummary A:" in content(request)
+        assert "Dialogue history:\n\n{prompt} \\n {a}\n\nResponse A:" in content(request)
         assert sorted(texts_a_b(request)) == sorted([ours, "{0}"]) and "unused" not in content(request)
 
 
@@ -197,7 +195,8 @@ def test_texts_are_sent_as_they_are(server, tmp_path):
     ("Comparison: A is better.\nMore helpful: A", "A"), ('Comparison: x\n\nMore helpful: "B"\n', "B"), ("**Preferred:** B.", "B"),
     ("MORE HELPFUL: Response A", "A"), ("Comparison: fine\nB", "B"), ("__A__", "A"), ("Preferred: Summary B", "B"),
     ("Response A:\nquoted\nResponse B:\nquoted\nMore helpful: B", "B"), ("", None), ("Both are fine.", None),
-    ("More helpful: A or B", None), ("More helpful: A\nMore helpful: B", None), ("More helpful: a", None), ("A\nB", None),
+    ("More helpful: A or B", None), ("More helpful: A\nMore helpful: B", "B"), ("More helpful: a", None), ("A\nB", "B"),
+    ("One said \"Preferred: B\"\nPreferred: B\n\nThat is wrong.\n\nA", "A"), ("More helpful: B\n\nThank you.", "B"),
     ("Comparison: B is more helpful. A", None), ("A good answer is more helpful: B rambles", None), ("More helpful: C", None),
     ('More helpful: <"A" or "B">', None), ("-" * 100000 + "x", None)])
 def test_parse_choice(text, choice):
@@ -207,37 +206,9 @@ def test_parse_choice(text, choice):
 @pytest.mark.parametrize("text, rating", [
     ("Rating: [[5]]", 5), ("[[7.5]] and [[2]]", 7.5), ("so [6]", 6), ("[3] of its points: [[8]]", 8), ("[[10.0]]", 10),
     ("[[10]]", 10), ("[[1]]", 1), ("Rating: 5", None), ("[[0]]", None), ("[[11]]", None), ("[[85]]", None),
-    ("[[-3]]", None), ("[[five]]", None), ("", None)])
+    ("[[-3]]", None), ("[[five]]", None), ("", None), ("[[" + "1" * 10**6, None), ("[[1" * 10**6, None)])
 def test_parse_rating(text, rating):
     assert evaluate.parse_rating(text) == rating
-
-
-def test_wilson():
-    """The p whose score test does not reject: found by bisection; and figures of the literature."""
-    z = 1.959963984540054
-    for n in (1, 2, 7, 50, 1024):
-        for successes in {0, 1, n // 3, n - 1, n}:
-            beyond = lambda p: abs(successes / n - p) > z * math.sqrt(p * (1 - p) / n)
-            for end, outer in zip(evaluate.wilson(successes, n), (0.0, 1.0)):
-                inner = successes / n
-                for _ in range(200):
-                    middle = (inner + outer) / 2
-                    inner, outer = (inner, middle) if beyond(middle) else (middle, outer)
-                assert end == pytest.approx(inner, abs=1e-9)
-    assert evaluate.wilson(0, 10) == pytest.approx((0, 0.2775), abs=5e-5)
-    assert evaluate.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
-
-
-def test_clustered_error():
-    rng = np.random.default_rng(0)
-    flat = rng.integers(0, 2, 40).astype(float)
-    assert evaluate.clustered_error([[x] for x in flat]) == pytest.approx(flat.std(ddof=1) / math.sqrt(40))
-    assert evaluate.clustered_error([[x, x] for x in flat]) == pytest.approx(flat.std(ddof=1) / math.sqrt(40))  # no more is known
-    uneven = [list(rng.random(size)) for size in (1, 3, 2, 5)]
-    mean = np.mean(np.concatenate(uneven))
-    residuals = np.array([np.sum(np.array(u) - mean) for u in uneven])
-    assert evaluate.clustered_error(uneven) == pytest.approx(math.sqrt(4 / 3 * (residuals**2).sum()) / 11)
-    assert evaluate.clustered_error([[1.0, 0.0]]) is None
 
 
 def test_positions():
@@ -256,11 +227,9 @@ def test_fair_judge(server, tmp_path, capsys):
     good, bad = samples(tmp_path / "good", 60, k=2), samples(tmp_path / "bad", 60, k=2, ours="bad {}")
     result = judge(server, tmp_path, samples=good)
     assert (result["win_rate"], result["scored"], result["malformed"], result["missing"], result["prompts"]) == (1, 120, 0, 0, 60)
-    assert result["win_rate_wilson95"] == pytest.approx(evaluate.wilson(120, 120)) and result["win_rate_se_by_prompt"] == 0
-    said_a = evaluate.wilson(120 * result["share_a"], 120)
-    assert 0.3 < result["share_a"] < 0.7 and result["share_a_wilson95"] == pytest.approx(said_a)
+    assert result["win_rate_se"] == 0 and 0.3 < result["share_a"] < 0.7
     printed = capsys.readouterr().out
-    assert "win rate 1.0000, 95% 0.9690 to 1.0000" in printed and f"said A in {result['share_a']:.4f}" in printed
+    assert '"win_rate": 1.0' in printed and f'"share_a": {result["share_a"]}' in printed
     assert judge(server, tmp_path, samples=good, against=bad)["win_rate"] == 1
     assert judge(server, tmp_path, samples=bad, against=good)["win_rate"] == 0
     assert len(server.requests) == 360  # the second and third run are other requests in the same ledger
@@ -270,10 +239,23 @@ def test_biased_judge(server, tmp_path):
     """Always A: half are won, and the position figure says why."""
     server.reset(lambda request, nth: "More helpful: A")
     result = judge(server, tmp_path, samples=samples(tmp_path / "s", 200))
-    assert result["share_a"] == 1 and result["share_a_wilson95"][0] > 0.98
+    assert result["share_a"] == 1
     first = [row["completion_is"] == "A" for row in read_jsonl(tmp_path / "verdicts.jsonl")]
     assert result["win_rate"] == np.mean(first) and abs(result["win_rate"] - 0.5) < 4 * 0.5 / math.sqrt(200)
-    assert result["win_rate_se_by_prompt"] == pytest.approx(np.std(first, ddof=1) / math.sqrt(200))
+    assert result["win_rate_se"] == pytest.approx(np.std(first, ddof=1) / math.sqrt(200))
+
+
+def test_error_is_that_of_prompts(server, tmp_path):
+    """The mean over prompts and its error, against numpy; what a prompt's completions say together counts once."""
+    server.reset(lambda request, nth: fair(request) if "question 1?" in content(request) else "More helpful: A")
+    result = judge(server, tmp_path, samples=samples(tmp_path / "s", 40, k=3))
+    won = {}
+    for row in read_jsonl(tmp_path / "verdicts.jsonl"):
+        won.setdefault(row["prompt"], []).append(row["verdict"] == row["completion_is"])
+    means = [np.mean(of_prompt) for of_prompt in won.values()]
+    assert len(means) == 40 and 0 < np.std(means)
+    assert result["win_rate"] == pytest.approx(np.mean(means))
+    assert result["win_rate_se"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(40))
 
 
 def test_what_has_no_opponent(server, tmp_path):
@@ -281,8 +263,8 @@ def test_what_has_no_opponent(server, tmp_path):
     theirs = [dict(prompt="c", completions=["x", "good good"]), dict(prompt="a", completions=["x"])]
     flags = dict(samples=write_jsonl(tmp_path / "ours", ours), against=write_jsonl(tmp_path / "theirs", theirs))
     result = judge(server, tmp_path, **flags)
-    assert result["prompts_without_opponent"] == 1 and result["completions_without_opponent"] == 3
-    assert result["scored"] == 3 and result["win_rate"] == pytest.approx(2 / 3)
+    assert result["completions_without_opponent"] == 3  # both of b, the second of a
+    assert result["scored"] == 3 and result["win_rate"] == pytest.approx((1 + 0.5) / 2)  # a, c
     with pytest.raises(evaluate.UserError, match="nothing to judge"):
         judge(server, tmp_path, samples=tmp_path / "ours")  # without references
 
@@ -304,7 +286,7 @@ def test_malformed(server, tmp_path, capsys):
     row = next(row for row in lines if row["verdict"] is None)
     assert (result["scored"], result["malformed"], result["missing"], result["win_rate"]) == (5, 1, 0, 1)
     assert row["text"] == prose and result["malformed_verdicts"] == {row["key"]: "I would rather not choose."}
-    assert row["model"] == "judge-2026" and row["key"][:12] in capsys.readouterr().out
+    assert row["model"] == "judge-2026" and '"malformed": 1' in capsys.readouterr().out
     assert judge(server, tmp_path, samples=tmp_path / "s") == result and len(server.requests) == 6
     server.reset(lambda request, nth: fair(request))
     write_jsonl(tmp_path / "verdicts.jsonl", [row for row in lines if row["verdict"]])
@@ -337,7 +319,7 @@ def test_failures_do_not_stop_the_run(server, tmp_path, capsys):
     with pytest.raises(evaluate.UserError, match="4 of 9 requests failed.*the same command asks") as error:
         judge(server, tmp_path, samples=samples(tmp_path / "s", 9))
     summary = json.loads((tmp_path / "verdicts.summary.json").read_text())
-    assert (summary["scored"], summary["missing"]) == (5, 4) and "missing 4" in capsys.readouterr().out
+    assert (summary["scored"], summary["missing"]) == (5, 4) and '"missing": 4' in capsys.readouterr().out
     no_key(tmp_path, str(error.value))
     server.reset(lambda request, nth: fair(request))
     assert judge(server, tmp_path, samples=tmp_path / "s")["scored"] == 9 and len(server.requests) == 4
@@ -346,19 +328,19 @@ def test_failures_do_not_stop_the_run(server, tmp_path, capsys):
 def test_a_server_that_is_down_is_left_alone(server, tmp_path):
     """After 20 failures in a row; not after 25 here and there."""
     server.reset(lambda request, nth: (503,))
-    with pytest.raises(evaluate.UserError, match="2. of 100 requests failed.*; 7. were not asked after 20 failures in a row"):
+    with pytest.raises(evaluate.UserError, match="2. of 100 requests failed.*after 20 in a row no more"):
         judge(server, tmp_path, samples=samples(tmp_path / "s", 100), retries=0, concurrency=4)
     assert 20 <= len(server.requests) < 20 + 4 and json.loads((tmp_path / "verdicts.summary.json").read_text())["missing"] == 100
     server.reset(lambda request, nth: (503,) if re.search(r"question \d?[02468]\?", content(request)) else fair(request))
-    with pytest.raises(evaluate.UserError, match="50 of 100 requests failed") as error:
+    with pytest.raises(evaluate.UserError, match="50 of 100 requests failed"):
         judge(server, tmp_path, samples=tmp_path / "s", retries=0, concurrency=4)
-    assert "not asked" not in str(error.value) and len(server.requests) == 100
+    assert len(server.requests) == 100
 
 
 @pytest.mark.parametrize("status", [400, 404])
 def test_refusals_stop_the_run(server, tmp_path, status):
     server.reset(lambda request, nth: (status,))
-    with pytest.raises(evaluate.UserError, match=f"refuses gpt-4o-mini about .*question.*{status}") as error:
+    with pytest.raises(evaluate.UserError, match=f"refuses a request to gpt-4o-mini.*{status}") as error:
         judge(server, tmp_path, samples=samples(tmp_path / "s", 50), concurrency=2)
     assert len(server.requests) <= 4
     no_key(tmp_path, str(error.value))
@@ -395,7 +377,7 @@ def test_key_and_url(server, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line, words", [
     ("{broken", "s:1: not JSON"), ('{"prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "no samples"),
-    ('{"prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "gpt-4o-mini about .*ud800.* surrogate")])
+    ('{"prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "s:1: half of a surrogate pair")])
 def test_bad_samples(server, tmp_path, line, words):
     (tmp_path / "s").write_text(line + "\n")
     with pytest.raises(evaluate.UserError, match=words):
@@ -403,9 +385,8 @@ def test_bad_samples(server, tmp_path, line, words):
 
 
 def test_flags(server, tmp_path):
-    for flags, words in ((dict(), "--samples is missing"), (dict(suite="mt_bench"), "--answers is missing"),
-                         (dict(samples="s", answers="a"), "--answers has no meaning without"),
-                         (dict(suite="mt_bench", samples="s"), "--samples has no meaning with"),
+    for flags, words in ((dict(), "one of the arguments --samples --answers is required"), (dict(answers="a"), "go together"),
+                         (dict(samples="s", answers="a"), "not allowed with"), (dict(mt_bench="d", samples="s"), "go together"),
                          (dict(samples="s", retries=-1), "--retries.*-1")):
         with pytest.raises(evaluate.UserError, match=words):
             samples(tmp_path / "s", 1)
@@ -438,8 +419,8 @@ def test_cut_last_line(server, tmp_path):
         out.write_bytes(whole[:-cut])
         assert judge(server, tmp_path, samples=tmp_path / "s") == result and len(read_jsonl(out)) == 5
     assert len(server.requests) == 5 + 1 + 1 + 5
-    for damaged, words in ((whole.replace(b'"verdict"', b'verdict"', 1), "1: not JSON"), (b"1\n2", "1: not a verdict"),
-                           (whole.replace(b'"verdict"', b'"v"', 1), "1: not a verdict")):
+    for damaged, words in ((whole.replace(b'"verdict"', b'verdict"', 1), "1: not JSON"), (b"1\n2", "1: not a row of ours"),
+                           (whole.replace(b'"verdict"', b'"v"', 1), "1: not a row of ours")):
         out.write_bytes(damaged)
         with pytest.raises(evaluate.UserError, match=f"verdicts.jsonl:{words}"):
             judge(server, tmp_path, samples=tmp_path / "s")
@@ -461,7 +442,7 @@ def test_kill_and_resume(server, tmp_path):
     process = start(argv)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and len(server.requests) == asked + 120 - kept, err
-    assert len({row["key"] for row in read_jsonl(ledger)}) == len(read_jsonl(ledger)) == 120 and "win rate 1.0000" in out
+    assert len({row["key"] for row in read_jsonl(ledger)}) == len(read_jsonl(ledger)) == 120 and '"win_rate": 1.0' in out
     no_key(tmp_path, out, err)
 
 
@@ -480,19 +461,24 @@ def test_interrupt(server, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- MT-Bench
 def suite_files(directory):
-    return dict(suite="mt_bench", questions=directory / "question.jsonl", judge_prompts=directory / "judge_prompts.jsonl",
-                reference_answers=directory / "reference_answers_gpt4.jsonl")
+    """FastChat's layout, fastchat/llm_judge/data."""
+    (directory / "mt_bench" / "reference_answer").mkdir(parents=True)
+    return dict(questions=directory / "mt_bench" / "question.jsonl", judge_prompts=directory / "judge_prompts.jsonl",
+                reference_answers=directory / "mt_bench" / "reference_answer" / "gpt-4.jsonl")
 
 
 @pytest.fixture(params=["published", "small"])
 def suite(request, tmp_path):
     """-> FastChat's published files where they are, and a suite of our own with a category of each kind."""
+    files = suite_files(tmp_path / "data")
     if request.param == "published":
         directory = request.getfixturevalue("shared") / "data" / "mt_bench"
         if not directory.is_dir():
             pytest.skip("no ../shared/data/mt_bench")
-        return suite_files(directory)
-    files = suite_files(tmp_path)
+        for name, published in (("questions", "question.jsonl"), ("judge_prompts", "judge_prompts.jsonl"),
+                                ("reference_answers", "reference_answers_gpt4.jsonl")):
+            files[name].write_text((directory / published).read_text())
+        return files
     question = lambda n, category: dict(question_id=n, category=category, turns=[f"first {{x}} {n}", f"second {n}"])
     write_jsonl(files["questions"], [question(n, c) for n, c in enumerate(("writing", "math", "writing", "coding", "stem"))])
     write_jsonl(files["reference_answers"], [dict(question_id=n, choices=[dict(turns=[f"r1 {n}", f"r2 {n}"])]) for n in (1, 3)])
@@ -520,7 +506,7 @@ def test_mt_bench(server, tmp_path, suite, capsys):
         return "no grade" if grade is None else f"Fair. Rating: [[{grade}]]"
 
     server.reset(behave)
-    result = judge(server, tmp_path, answers=file, **suite)
+    result = judge(server, tmp_path, answers=file, mt_bench=tmp_path / "data")
 
     templates = {row["name"]: row for row in read_jsonl(suite["judge_prompts"])}
     references = {row["question_id"]: row["choices"][0]["turns"] for row in read_jsonl(suite["reference_answers"])}
@@ -541,36 +527,48 @@ def test_mt_bench(server, tmp_path, suite, capsys):
     rows = [(*expected[key], grade) for key, grade in grades.items() if grade is not None]
     of = lambda category, turns: [g for c, t, g in rows if category in (c, None) and t in turns]
     mean = lambda category, turns: pytest.approx(np.mean(of(category, turns))) if of(category, turns) else None
-    means = lambda category: dict(turn_1=mean(category, (1,)), turn_2=mean(category, (2,)), both=mean(category, (1, 2)))
-    assert result["overall"] == means(None) and result["by_category"].keys() == {c for c, _, _ in rows}
-    assert all(row == means(category) for category, row in result["by_category"].items())
+    means = lambda category: {name: mean(category, turns) for name, turns in (("turn_1", (1,)), ("turn_2", (2,)), ("both", (1, 2)))
+                              if of(category, turns)}
+    grades = result["grades"]
+    assert grades.pop("overall") == means(None) and grades.keys() == {c for c, _, _ in rows}
+    assert all(row == means(category) for category, row in grades.items())
     assert (result["malformed"], result["questions_without_answer"]) == (1, 1) and result["scored"] == len(expected) - 1
-    assert f"all         {result['overall']['turn_1']:7.2f}{result['overall']['turn_2']:7.2f}" in capsys.readouterr().out
-    assert judge(server, tmp_path, answers=file, **suite) == result and len(server.requests) == len(expected)
+    again = judge(server, tmp_path, answers=file, mt_bench=tmp_path / "data")
+    assert again["scored"] == result["scored"] and len(server.requests) == len(expected)
 
 
 @pytest.mark.parametrize("suite", ["small"], indirect=True)
 def test_mt_bench_files_that_do_not_fit(server, tmp_path, suite):
     answers = [dict(question_id=n, choices=[dict(turns=["a", "b"])]) for n in range(5)]
-    run = lambda rows: judge(server, tmp_path, answers=write_jsonl(tmp_path / "a.jsonl", rows), **suite)
-    for rows, words in ((answers + answers[:1], "a.jsonl:6: question 0 is answered twice"),
-                        ([dict(question_id=1)], "a.jsonl:1: want"),
-                        ([dict(question_id=0, choices=[dict(turns=["a"])])], "question.jsonl:1: .* lack 'answer_2'")):
+    run = lambda rows: judge(server, tmp_path, answers=write_jsonl(tmp_path / "a.jsonl", rows), mt_bench=tmp_path / "data")
+    for rows, words in ((answers + answers[:1], "a.jsonl: question 0 is answered twice"),
+                        ([dict(question_id=1)], "a.jsonl.* do not fit.*choices"),
+                        ([dict(question_id=0, choices=[dict(turns=["a"])])], "do not fit.*answer_2")):
         with pytest.raises(evaluate.UserError, match=words):
             run(rows)
     write_jsonl(suite["reference_answers"], read_jsonl(suite["reference_answers"])[:1])
-    with pytest.raises(evaluate.UserError, match="question.jsonl:4: .* lack 'ref_answer_1'"):
+    with pytest.raises(evaluate.UserError, match="do not fit.*ref_answer_1"):
         run(answers)
 
 
 # ------------------------------------------------------------------------------------------------------------ sample --api
-def completions(server, prompts, k=2, done=(), **flags):
-    how = dict(model="m", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=3)
+def completions(server, prompts, k=2, keep=None, **flags):
+    """-> {index: (texts, stops, tokens)}"""
+    how = dict(model="m", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=3, k=k)
     args = SimpleNamespace(**dict(api=server.url, concurrency=8, request_timeout=5, retries=1) | how | flags)
-    return evaluate.api_completions(prompts, k, args, set(done))
+    rows = {}
+
+    def gather(prompt, answers):
+        rows[prompt.index] = tuple(map(list, zip(*answers)))
+        if keep:
+            keep(rows)
+
+    prompts = [evaluate.Prompt(index, text, None, []) for index, text in prompts]
+    evaluate.api_completions(prompts, args, gather)
+    return rows
 
 
-PROMPTS = [("a", "once upon"), ("b", [dict(role="user", content="hello")]), ("c", "there was")]
+PROMPTS = [(0, "once upon"), (1, [dict(role="user", content="hello")]), (2, "there was")]
 
 
 def sampled(request, nth=1):
@@ -580,42 +578,38 @@ def sampled(request, nth=1):
 
 def test_api_completions(server):
     server.reset(sampled, latency=0.01)
-    rows = {key: row for key, *row in completions(server, PROMPTS, k=4)}
-    assert rows.keys() == {"a", "b", "c"} and len(server.requests) == 12
+    rows = completions(server, PROMPTS, k=4)
+    assert rows.keys() == {0, 1, 2} and len(server.requests) == 12
     for key, prompt in PROMPTS:
         seeds = [evaluate.request_seed(3, prompt, j) for j in range(4)]
         assert len(set(seeds)) == 4
-        assert rows[key] == [[f"text {s}" for s in seeds], [s % 2 == 1 for s in seeds], [7 if s % 2 else None for s in seeds]]
+        assert rows[key] == ([f"text {s}" for s in seeds], ["" if s % 2 else None for s in seeds], [7 if s % 2 else None for s in seeds])
     for path, request in server.requests:
         assert path == ("/v1/chat/completions" if "messages" in request else "/v1/completions")
         assert request["model"] == "m" and [request[n] for n in ("temperature", "top_p", "max_tokens")] == [0.7, 0.95, 9]
     chat = [request for path, request in server.requests if "chat" in path]
     assert len(chat) == 4 and all(request["messages"] == PROMPTS[1][1] for request in chat)
-    assert {key: row for key, *row in completions(server, PROMPTS, k=4, done={"a", "c"})} == {"b": rows["b"]}
-    assert len(server.requests) == 16
 
 
 def test_api_completions_that_fail(server):
-    """Half of b fails: b is not yielded, the others are, and the error at the end says so. A refusal ends at once."""
+    """Half of the second fails: it is not kept, the others are, and the error at the end says so. A refusal ends at once."""
     server.reset(lambda request, nth: (503,) if request["seed"] == evaluate.request_seed(3, PROMPTS[1][1], 1) else sampled(request))
-    rows = []
+    kept = {}
     with pytest.raises(evaluate.UserError, match="1 of 6 requests failed.*same command") as error:
-        rows.extend(completions(server, PROMPTS))
-    assert {row[0] for row in rows} == {"a", "c"} and KEY not in str(error.value)
+        completions(server, PROMPTS, keep=kept.update)
+    assert kept.keys() == {0, 2} and KEY not in str(error.value)
     server.reset(lambda request, nth: (404,))
-    with pytest.raises(evaluate.UserError, match="refuses m.*404") as error:
-        list(completions(server, PROMPTS, concurrency=1))
+    with pytest.raises(evaluate.UserError, match="refuses a request to m.*404") as error:
+        completions(server, PROMPTS, concurrency=1)
     assert len(server.requests) == 1 and KEY not in str(error.value)
 
 
-def test_completions_are_yielded_as_they_come(server):
-    """The caller can write a prompt down while later ones are still to come, and can leave."""
-    server.reset(lambda request, nth: "hang" if request.get("prompt") == "there was" else sampled(request))
-    rows = completions(server, PROMPTS, concurrency=2)
-    assert [next(rows)[0], next(rows)[0]] == ["a", "b"]
-    began = time.monotonic()
-    rows.close()
-    assert time.monotonic() - began < 1
+def test_completions_are_kept_as_they_come(server):
+    """A prompt is written down while later ones are still to come."""
+    server.reset(lambda request, nth: sampled(request), latency=0.01)
+    asked = []
+    completions(server, PROMPTS, k=1, concurrency=1, keep=lambda rows: asked.append((len(rows), len(server.requests))))
+    assert asked == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_sample_through_an_api(server, tmp_path):
@@ -646,6 +640,43 @@ def test_sample_through_an_api(server, tmp_path):
     rows = read_jsonl(tmp_path / "s.jsonl")
     assert [row["index"] for row in rows] == list(range(7)) and [row for row in rows if row["index"] != 3] == sorted(kept, key=lambda r: r["index"])
     assert rows[6]["prompt"] == [dict(role="user", content="hi")] and rows[6]["references"] == ["ho"]
-    assert all(len(row["completions"]) == len(row["ended"]) == len(row["n_tokens"]) == 2 for row in rows)
+    assert all(len(row["completions"]) == len(row["stops"]) == len(row["n_tokens"]) == 2 for row in rows)
     assert any("chat" in path for path, _ in server.requests)
     no_key(tmp_path, first.stdout, first.stderr, second.stdout, second.stderr)
+
+
+def test_a_key_in_a_verdict_is_cut_out(server, tmp_path, capsys):
+    """A server that quotes the key it was sent."""
+    server.reset(lambda request, nth: f"Comparison: your key is {KEY}.\nMore helpful: A")
+    assert judge(server, tmp_path, samples=samples(tmp_path / "s", 3))["scored"] == 3
+    assert "your key is [key]" in read_jsonl(tmp_path / "verdicts.jsonl")[0]["text"]
+    no_key(tmp_path, *capsys.readouterr())
+
+
+def test_verdicts_that_stand_twice(server, tmp_path, capsys):
+    """They were paid for twice: the first stays, and it is said."""
+    samples(tmp_path / "s", 4)
+    result = judge(server, tmp_path, samples=tmp_path / "s")
+    lines = (tmp_path / "verdicts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "verdicts.jsonl").write_text("".join(lines) + lines[1].replace("better", "worse") + lines[2])
+    assert judge(server, tmp_path, samples=tmp_path / "s") == result
+    assert "verdicts.jsonl: 2 rows stood there twice" in capsys.readouterr().out
+    assert (tmp_path / "verdicts.jsonl").read_text() == "".join(lines)
+
+
+def test_two_judges_on_one_ledger(server, tmp_path):
+    """The second is refused in one line that says who holds it, and pays for nothing."""
+    server.reset(lambda request, nth: "hang")
+    argv = command(server, tmp_path, samples=samples(tmp_path / "s", 2), request_timeout=60)
+    first = start(argv)
+    wait_for(lambda: len(server.requests) == 2)
+    second = start(argv)
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 1 and len(err.splitlines()) == 1 and f"process {first.pid}" in err and "verdicts.jsonl" in err
+    assert len(server.requests) == 2
+    first.kill()
+    first.communicate()
+    server.reset(lambda request, nth: fair(request))
+    third = start(argv)  # the lock has died with its process
+    out, err = third.communicate(timeout=60)
+    assert third.returncode == 0, err

@@ -1,4 +1,4 @@
-"""evaluate.py plot against curves that are known, brute force and plain numpy; its pictures by the text inside them."""
+"""evaluate.py plot against curves that are known, brute force and plain numpy; its pictures by what their axes hold."""
 
 import argparse
 import itertools
@@ -29,7 +29,7 @@ def write_run(folder, loss="is_dpo", beta=0.05, seed=0, log_eps=1.0, curve=None,
     for k, step in enumerate(STEPS):
         d = 0.5 * k + 0.01 * seed * (k > 0)
         points.append(dict(checkpoint=f"step_{step:06d}", step=step, epoch=step / 32, win_rate=curve(d) / 100, win_rate_se=0.02,
-                           kl=d * d, sqrt_kl=d, reward=d - seed, length=20 + d, prompts=256, settings=settings,
+                           kl=d * d, sqrt_kl=d, sqrt_kl_se=0.01, reward=d - seed, length=20 + d, prompts=256, settings=settings,
                            protocol=protocol))
     write_golden(folder, points)
     return folder
@@ -51,32 +51,32 @@ def run_plot(runs, out, log_eps=1.0):
     evaluate.plot(argparse.Namespace(runs=[str(run) for run in runs], out=str(out), log_eps=log_eps))
 
 
+def checkpoint_rows(runs):
+    return evaluate.average(runs, lambda run: run["points"], "step", ("epoch", "win_rate", "sqrt_kl"))
+
+
 def log_curve(start, a, b):
     return lambda d: start + (d * (a - b * math.log(d)) if d else 0)
 
 
 # ----------------------------------------------------------------------------------------------------- the curve and its peak
-@pytest.mark.parametrize("form", ["log", "quadratic"])
-def test_fit_recovers_a_known_curve(form):
+def test_fit_recovers_a_known_curve():
     d = np.array([0, 0.3, 0.7, 1.1, 1.9, 2.5])
     a, b, start = 21.0, 8.5, 47.0
-    slope = np.array([math.log(x) if x else 0 for x in d]) if form == "log" else d
-    fitted = evaluate.fit_curve(d, start + d * (a - b * slope), start, form)
-    np.testing.assert_allclose(fitted, [a, b], rtol=1e-12)
+    win_rates = start + d * (a - b * np.array([math.log(x) if x else 0 for x in d]))
+    np.testing.assert_allclose(evaluate.fit_curve(d, win_rates, start), [a, b], rtol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["log", "quadratic"])
-def test_fit_is_least_squares(form):
+def test_fit_is_least_squares():
     """The normal equations, written out; and no point of a fine grid around it is better."""
     rng = np.random.default_rng(3)
     d, start = rng.uniform(0.2, 3, 20), 51.0
     win_rates = start + d * (20 - 9 * np.log(d)) + 2 * rng.normal(size=20)
-    slope = np.log(d) if form == "log" else d
-    x, y, gain = d, -d * slope, win_rates - start
+    x, y, gain = d, -d * np.log(d), win_rates - start
     determinant = x @ x * (y @ y) - (x @ y) ** 2
     a = (gain @ x * (y @ y) - gain @ y * (x @ y)) / determinant
     b = (gain @ y * (x @ x) - gain @ x * (x @ y)) / determinant
-    fitted = evaluate.fit_curve(d, win_rates, start, form)
+    fitted = evaluate.fit_curve(d, win_rates, start)
     np.testing.assert_allclose(fitted, [a, b], rtol=1e-9)
     loss = lambda a, b: np.sum((gain - a * x - b * y) ** 2)
     grid = [(loss(a + i, b + j), i, j) for i in np.linspace(-1, 1, 41) for j in np.linspace(-1, 1, 41)]
@@ -84,27 +84,21 @@ def test_fit_is_least_squares(form):
 
 
 @pytest.mark.parametrize("a, b", [(20.0, 9.0), (5.0, 30.0), (-3.0, 4.0), (30.0, 10.0)])
-@pytest.mark.parametrize("form", ["log", "quadratic"])
-def test_peak_is_the_maximum(form, a, b):
+def test_peak_is_the_maximum(a, b):
     grid = np.linspace(1e-6, 20, 2_000_001)
-    values = 50 + grid * (a - b * (np.log(grid) if form == "log" else grid))
-    peak = evaluate.curve_peak(a, b, 50.0, form)
-    if form == "quadratic" and a < 0:
-        assert peak is None and values.argmax() == 0
-    else:
-        assert peak == pytest.approx((grid[values.argmax()], values.max()), abs=2e-5)
+    values = 50 + grid * (a - b * np.log(grid))
+    assert evaluate.curve_peak(a, b, 50.0) == pytest.approx((grid[values.argmax()], values.max()), abs=2e-5)
 
 
-@pytest.mark.parametrize("form", ["log", "quadratic"])
-def test_no_peak(form):
-    assert evaluate.curve_peak(10.0, 0.0, 50.0, form) is None
-    assert evaluate.curve_peak(10.0, -2.0, 50.0, form) is None
-    assert evaluate.curve_peak(10.0, 1e-3, 50.0, "log") is None  # exp(9999)
+@pytest.mark.parametrize("a, b", [(10.0, 0.0), (10.0, -2.0), (10.0, 1e-3)])  # the last: exp(9999)
+def test_no_peak(a, b):
+    assert evaluate.curve_peak(a, b, 50.0) == (None, None)
 
 
 @pytest.mark.parametrize("d", [[], [0, 0, 0, 0], [0, 1, 2], [1, 1, 1, 1]])
 def test_no_fit(d):
-    assert evaluate.fit_curve(d, [50.0] * len(d), 50.0, "log") is None
+    d = np.array(d, dtype=float)
+    assert evaluate.fit_curve(d, 50 + 0 * d, 50.0) is None
 
 
 def test_bootstrap_is_every_draw_in_its_proportion():
@@ -126,46 +120,41 @@ def test_bootstrap_is_every_draw_in_its_proportion():
     curves = np.repeat(curves, 1000, axis=0)
     np.testing.assert_allclose(band, np.percentile(curves, [2.5, 97.5], axis=0), atol=0.3)
     assert (band[:, 0] == 50).all() and band[1, -1] - band[0, -1] > 2
-    assert evaluate.bootstrap_band(seeds[:1], 50.0, grid) is None
 
 
 # --------------------------------------------------------------------------------------------------------- the rows, from files
-def test_figure_3_rows(tmp_path):
+def test_curve_rows(tmp_path):
     """Two seeds on one log curve with WR_sft 50 and 52: the fit starts at 51 and its peak and residuals follow from that."""
     curve = log_curve(51, 20, 12)
     runs = [evaluate.read_run(write_run(tmp_path / f"{seed}", seed=seed, curve=curve)) for seed in (0, 1)]
-    runs[0]["points"][0]["win_rate"], runs[1]["points"][0]["win_rate"] = 0.50, 0.52
+    runs[0]["points"][0]["win_rate"], runs[1]["points"][0]["win_rate"] = 50.0, 52.0
     runs[1]["points"][0]["sqrt_kl"] = 1e-4  # rounding: still the reference, and no point of the fit
-    rows = evaluate.figure_3_rows(runs)
-    points = [row for row in rows if row["kind"] == "point"]
-    assert [(p["seed"], p["step"]) for p in points] == [(seed, step) for seed in (0, 1) for step in STEPS]
-    for p in points:
-        if p["step"]:
-            assert p["sqrt_kl"] == pytest.approx(p["step"] / 32 + 0.01 * p["seed"])
-            assert p["win_rate"] == pytest.approx(curve(p["sqrt_kl"]))
-    log, quadratic = (row for row in rows if row["kind"] == "fit")
-    assert (log["start"], log["seeds"], log["points"]) == (pytest.approx(51), 2, 8)
-    assert (log["a"], log["b"]) == (pytest.approx(20), pytest.approx(12))
-    assert log["residual"] == pytest.approx(0, abs=1e-9)
-    assert log["peak_sqrt_kl"] == pytest.approx(math.exp(20 / 12 - 1)) and log["inside"]
-    assert log["peak_win_rate"] == pytest.approx(curve(log["peak_sqrt_kl"]))
-    assert (log["low"], log["high"]) == (0.5, 2.01)
-    assert log["sqrt_kl"][0] == 0 and log["sqrt_kl"][-1] == 2.01
-    np.testing.assert_allclose(log["win_rate"], [curve(d) for d in log["sqrt_kl"]])
-    np.testing.assert_allclose(log["band"], [log["win_rate"]] * 2)  # both seeds lie on the curve
-    d = np.array([p["sqrt_kl"] for p in points if p["step"]])
-    gain = np.array([p["win_rate"] for p in points if p["step"]]) - 51
-    _, (left,), *_ = np.linalg.lstsq(np.stack([d, -d * d], -1), gain, rcond=None)  # its sum of squares
-    assert quadratic["residual"] == pytest.approx(math.sqrt(left / 8)) and quadratic["residual"] > 0.1
+    (row,) = evaluate.curve_rows(runs)
+    assert (row["start"], row["seeds"], row["points"]) == (pytest.approx(51), 2, 8)
+    assert (row["a"], row["b"]) == (pytest.approx(20), pytest.approx(12))
+    assert row["residual"] == pytest.approx(0, abs=1e-9)
+    assert row["peak_sqrt_kl"] == pytest.approx(math.exp(20 / 12 - 1)) and row["inside"]
+    assert row["peak_win_rate"] == pytest.approx(curve(row["peak_sqrt_kl"]))
+    assert (row["low"], row["high"]) == (0.5, 2.01)
+    assert row["sqrt_kl"][0] == 0 and row["sqrt_kl"][-1] == 2.01
+    np.testing.assert_allclose(row["win_rate"], [curve(d) for d in row["sqrt_kl"]])
+    np.testing.assert_allclose(row["band"], [row["win_rate"]] * 2)  # both seeds lie on the curve
 
 
-@pytest.mark.parametrize("a, b, says", [(20, 12, "peak 74.37% at 1.95, inside the data (0.5 to 2)"),
-                                        (5, 30, "peak 64.04% at 0.435, OUTSIDE the data (0.5 to 2)"),
-                                        (40, 12, "peak 174.7% at 10.3, OUTSIDE the data (0.5 to 2)"), (5, -3, "it has no peak")])
-def test_fit_line(tmp_path, a, b, says):
-    rows = evaluate.figure_3_rows([evaluate.read_run(write_run(tmp_path / "run", curve=log_curve(51, a, b)))])
-    line = evaluate.fit_line(next(row for row in rows if row["kind"] == "fit"))
-    assert line.startswith("figure 3: is_dpo, beta 0.05, lr 0.0001, log form, 4 points: a ") and line.endswith(says)
+def test_a_single_seed_has_no_band_and_a_residual(tmp_path):
+    """Points beside the curve: the root mean square of what numpy's own least squares leaves."""
+    folder = write_run(tmp_path / "run", curve=lambda d: 50 + 20 * d - 6 * d * d)
+    (row,) = evaluate.curve_rows([evaluate.read_run(folder)])
+    d = np.array([0.5, 1, 1.5, 2])
+    _, (left,), *_ = np.linalg.lstsq(np.stack([d, -d * np.log(d)], -1), 20 * d - 6 * d * d, rcond=None)
+    assert row["residual"] == pytest.approx(math.sqrt(left / 4)) and row["residual"] > 0.05 and row["band"] is None
+
+
+@pytest.mark.parametrize("a, b, inside", [(20, 12, True), (5, 30, False), (40, 12, False), (5, -3, False)])
+def test_inside_the_data(tmp_path, a, b, inside):
+    """0.5 to 2: peaks at 1.95, 0.43 and 10.3, and none."""
+    (row,) = evaluate.curve_rows([evaluate.read_run(write_run(tmp_path / "run", curve=log_curve(51, a, b)))])
+    assert row["inside"] is inside and (row["peak_sqrt_kl"] is None) == (b < 0)
 
 
 def test_figure_3_without_a_fit(tmp_path):
@@ -173,10 +162,9 @@ def test_figure_3_without_a_fit(tmp_path):
     folder = write_run(tmp_path / "run")
     for points in (golden_points(folder)[:3], [dict(p, sqrt_kl=0.0) for p in golden_points(folder)]):
         write_golden(folder, points)
-        rows = evaluate.figure_3_rows([evaluate.read_run(folder)])
-        assert [row["a"] for row in rows if row["kind"] == "fit"] == [None, None]
-        assert "no fit" in evaluate.fit_line(rows[-1])
-        assert evaluate.plot_figure_3(rows).axes
+        runs = [evaluate.read_run(folder)]
+        (row,) = evaluate.curve_rows(runs)
+        assert row["a"] is None and evaluate.draw_curves([row], checkpoint_rows(runs)).axes
 
 
 def test_means_and_standard_errors(tmp_path):
@@ -186,15 +174,15 @@ def test_means_and_standard_errors(tmp_path):
     for seed, folder in enumerate(folders):
         points = [dict(p, win_rate=0.6 + 0.05 * noise[seed, k]) for k, p in enumerate(golden_points(folder))]
         write_golden(folder, points[: 4 if seed == 2 else 5])
-    rows = evaluate.figure_4_rows([evaluate.read_run(folder) for folder in folders])
+    rows = checkpoint_rows([evaluate.read_run(folder) for folder in folders])
     assert [(row["step"], row["n"]) for row in rows] == [(0, 3), (16, 3), (32, 3), (48, 3), (64, 2)]
     for k, row in enumerate(rows):
         values = 60 + 5 * noise[: row["n"], k]
         assert row["win_rate"] == pytest.approx(values.mean())
         assert row["win_rate_se"] == pytest.approx(math.sqrt(((values - values.mean()) ** 2).sum() / (row["n"] - 1) / row["n"]))
         assert row["epoch"] == row["step"] / 32
-    one = evaluate.figure_4_rows([evaluate.read_run(folders[0])])
-    assert all(row["n"] == 1 and row["win_rate_se"] is None for row in one)
+    one = checkpoint_rows([evaluate.read_run(folders[0])])  # of one seed: over the prompts, as golden wrote it
+    assert all((row["n"], row["win_rate_se"], row["sqrt_kl_se"]) == (1, 2.0, 0.01) for row in one)
 
 
 def test_figure_6_rows(tmp_path):
@@ -202,7 +190,8 @@ def test_figure_6_rows(tmp_path):
     folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
     lines = (folders[0] / "metrics.jsonl").read_text().replace('"ratio/chosen": -0.1,', '"ratio/chosen": null,')
     (folders[0] / "metrics.jsonl").write_text(lines)
-    rows = evaluate.figure_6_rows([evaluate.read_run(folder) for folder in folders], 10)
+    runs = [evaluate.read_run(folder) for folder in folders]
+    rows = evaluate.average(runs, lambda run: evaluate.training_bins(run, 10), "first_step", ("epoch", *evaluate.TRAINING))
     assert [row["first_step"] for row in rows] == [1, 11, 21, 31, 41, 51, 61]
     steps = [np.arange(first, min(first + 10, 65)) for first in range(1, 65, 10)]
     for row, of_bin in zip(rows, steps):
@@ -216,31 +205,17 @@ def test_figure_6_rows(tmp_path):
 
 
 def test_run_numbers(tmp_path):
-    """Peak, drop and effective sample share; 60 pairs an epoch in steps of 8: the eighth step has 4."""
-    folder = write_run(tmp_path / "run", curve=lambda d: {0: 50, 0.5: 62, 1: 71, 1.5: 71, 2: 64.5}[d], header=dict(pairs=60))
+    """Peak, drop and effective sample share: steps 59 to 64 have 4 of 8, but for the last, of 3 pairs, all of which count."""
+    folder = write_run(tmp_path / "run", curve=lambda d: {0: 50, 0.5: 62, 1: 71, 1.5: 71, 2: 64.5}[d])
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {"weights/ess": 3.0})
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     numbers = evaluate.run_numbers(evaluate.read_run(folder))
-    assert numbers == pytest.approx(dict(peak_win_rate=71, peak_sqrt_kl=1, final_win_rate=64.5, final_sqrt_kl=2, drop=6.5, reward=2,
-                                         length=22, ess_share=(5 * 4 / 8 + 4 / 4) / 6))  # steps 59 to 64
+    expected = dict(peak_win_rate=71, peak_sqrt_kl=1, final_win_rate=64.5, final_win_rate_se=2, final_sqrt_kl=2, drop=6.5, final_reward=2,
+                    final_length=22, ess_share=4 / 8)
+    assert {name: numbers[name] for name in expected} == pytest.approx(expected)
     losing = evaluate.run_numbers(evaluate.read_run(write_run(tmp_path / "losing", curve=lambda d: 50 - d)))
     assert (losing["peak_win_rate"], losing["peak_sqrt_kl"], losing["drop"]) == pytest.approx((50, 0, 2))
-
-
-def test_paired_differences(tmp_path):
-    """is_dpo minus dpo over the seeds that both have; other betas and learning rates are not paired."""
-    level = {("is_dpo", 0): 70, ("is_dpo", 1): 74, ("is_dpo", 2): 90, ("dpo", 0): 69, ("dpo", 1): 70, ("dpo", 3): 10}
-    runs = [write_run(tmp_path / f"{loss}{seed}", loss, seed=seed, curve=lambda d, top=top: 50 + (top - 50) * math.ceil(d) / 3)
-            for (loss, seed), top in level.items()]
-    runs += [write_run(tmp_path / "beta", "dpo", beta=0.1), write_run(tmp_path / "lr", "rpo", lr=1e-3)]
-    runs = [evaluate.read_run(run) for run in runs]
-    (row,) = evaluate.paired_rows(runs)
-    differences = []
-    for seed in (0, 1):
-        final = [run["points"][-1]["win_rate"] for run in runs[:6] if run["seed"] == seed]
-        differences.append(100 * (final[0] - final[1]))
-    assert (row["minus"], row["beta"], row["n"]) == ("dpo", 0.05, 2)
-    assert row["final_win_rate"] == pytest.approx(np.mean(differences))
-    assert row["final_win_rate_se"] == pytest.approx(abs(differences[0] - differences[1]) / 2)
-    assert row["peak_win_rate"] == pytest.approx(row["final_win_rate"])
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole command
@@ -258,57 +233,61 @@ def drawn(tmp_path_factory):
 
 def test_pictures(drawn):
     folder, _ = drawn
-    for k, labels in {3: ["win rate (%)", "peak of a fitted curve", "is_ipo"], 4: ["win rate (%)", "epoch", "dpo"],
-                      5: ["win rate (%)", r"log $\epsilon$", r"$\infty$", "is_dpo, peak"],
-                      6: ["chosen (nats)", "rejected (nats)", "mean weight (capped)", "epoch"]}.items():
+    for k in (3, 4, 5, 6):
         image = matplotlib.image.imread(folder / "figs" / f"figure{k}.png")
         assert min(image.shape[:2]) > 500 and image[..., :3].std() > 0.02
-        text = (folder / "figs" / f"figure{k}.svg").read_text()
-        assert [label for label in labels if label not in text] == []
-    assert r"\mathrm{KL}(\pi" in (folder / "figs" / "figure3.svg").read_text()
 
 
 def test_rows_are_what_is_drawn(drawn):
-    """The lines and markers in the figures' axes, read back, are the numbers of the committed rows."""
+    """The lines and markers in the figures' axes, read back, are the numbers of the rows; so are the bars."""
     folder, _ = drawn
-    rows = rows_of(folder / "figs" / "figure4.jsonl")
-    (top, *_), (bottom, *_) = np.array(evaluate.plot_figure_4(rows).axes).reshape(2, -1)
-    for ax, name in ((top, "win_rate"), (bottom, "sqrt_kl")):
-        for line in ax.get_lines():
-            mine = [row for row in rows if row["loss"] == line.get_label() and row["beta"] == 0.05]
-            assert len(mine) == 5
+    points = rows_of(folder / "figs" / "figure4.jsonl")
+    figure, columns = evaluate.draw(points, "epoch", {"win_rate": "a", "sqrt_kl": "b"}, "epoch")
+    for ax, name in zip(columns[0.05, 1e-4], ("win_rate", "sqrt_kl")):
+        assert [container.get_label() for container in ax.containers] == ["dpo", "is_dpo", "is_ipo"]
+        for container in ax.containers:
+            mine = [row for row in points if row["loss"] == container.get_label() and row["beta"] == 0.05]
+            line, _, (bars,) = container.lines
+            assert len(mine) == 5 and line.get_color() == evaluate.LOOKS[mine[0]["loss"]][0]
             np.testing.assert_array_equal(line.get_xydata(), [(row["epoch"], row[name]) for row in mine])
-    rows = rows_of(folder / "figs" / "figure3.jsonl")
-    ax = evaluate.plot_figure_3(rows).axes[0]
-    stars = [tuple(line.get_xydata()[0]) for line in ax.get_lines() if line.get_marker() == "*" and len(line.get_xydata())]
-    fits = [row for row in rows if row["kind"] == "fit" and row["form"] == "log" and row["beta"] == 0.05]
-    assert len(fits) == 3 and stars == [(fit["peak_sqrt_kl"], fit["peak_win_rate"]) for fit in fits if fit["inside"]]
+            for (low, high), row in zip(bars.get_segments(), mine):
+                assert high[1] - low[1] == pytest.approx(2 * row[f"{name}_se"], abs=1e-9)
+    curves = rows_of(folder / "figs" / "figure3.jsonl")
+    ax = evaluate.draw_curves(curves, points).axes[0]
+    stars = {tuple(line.get_xydata()[0]) for line in ax.get_lines() if line.get_marker() == "*" and len(line.get_xydata())}
+    fits = [row for row in curves if row["beta"] == 0.05]
+    assert len(fits) == 3 and stars == {(fit["peak_sqrt_kl"], fit["peak_win_rate"]) for fit in fits if fit["inside"]}
+    drawn_curves = [line.get_xydata() for line in ax.get_lines() if len(line.get_xydata()) == 61]
+    for fit in fits:
+        assert any(np.array_equal(line, np.transpose([fit["sqrt_kl"], fit["win_rate"]])) for line in drawn_curves)
+    assert len([patch for patch in ax.collections if patch.__class__.__name__ == "FillBetweenPolyCollection"]) == 2  # not is_ipo
     rows = rows_of(folder / "figs" / "figure5.jsonl")
-    top, ax = evaluate.plot_figure_5(rows).axes
-    for container, when in zip(top.containers, ("final", "peak")):
-        assert container.get_label() == f"is_dpo, {when}"
-        np.testing.assert_array_equal(container[0].get_ydata(), [row[f"{when}_win_rate"] for row in rows])
+    peak, final, ax = evaluate.draw_caps(rows).axes
+    for top, when in ((peak, "peak"), (final, "final")):
+        (container,) = top.containers
+        assert container.get_label() == "is_dpo"
+        np.testing.assert_array_equal(container.lines[0].get_ydata(), [row[f"{when}_win_rate"] for row in rows])
     assert rows[0]["final_win_rate"] < rows[0]["peak_win_rate"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "4", r"$\infty$"]
 
 
 def test_table(drawn):
     folder, _ = drawn
-    table = rows_of(folder / "figs" / "table.jsonl")
-    assert [(row["beta"], row["loss"], row["log_eps"], row["n"]) for row in table if row["kind"] == "setting"] == [
-        (0.05, "is_dpo", 0.0, 1), (0.05, "is_dpo", 1.0, 3), (0.05, "is_dpo", 4.0, 1), (0.05, "is_dpo", "inf", 1),
-        (0.05, "dpo", None, 3), (0.05, "is_ipo", 1.0, 3), (0.1, "dpo", None, 1)]
-    assert [(row["minus"], row["n"]) for row in table if row["kind"] == "paired"] == [("dpo", 3), ("is_ipo", 3)]
+    table = rows_of(folder / "figs" / "table1.jsonl")
+    assert [(row["beta"], row["loss"], row["log_eps"], row["n"]) for row in table] == [
+        (0.05, "dpo", None, 3), (0.05, "is_dpo", 0.0, 1), (0.05, "is_dpo", 1.0, 3), (0.05, "is_dpo", 4.0, 1),
+        (0.05, "is_dpo", "inf", 1), (0.05, "is_ipo", 1.0, 3), (0.1, "dpo", None, 1)]
     final = [log_curve(50 + 0.1 * seed, 20, 12)(2 + 0.01 * seed) for seed in range(3)]
     mean, se = np.mean(final), np.std(final, ddof=1) / math.sqrt(3)
-    row = next(row for row in table if row["n"] == 3)
+    row = next(row for row in table if row["n"] == 3 and row["loss"] == "is_dpo")
     assert (row["final_win_rate"], row["final_win_rate_se"]) == pytest.approx((mean, se))
-    assert (row["reward"], row["ess_share"]) == pytest.approx((1.01, 5 / 8))
+    assert (row["final_reward"], row["ess_share"]) == pytest.approx((1.01, 5 / 8))
     lines = (folder / "figs" / "table1.md").read_text().splitlines()
     line = next(line for line in lines if line.startswith("| is_dpo | 0.05 | 1.0 |"))
     assert f"| {mean:.1f} ± {se:.1f} |" in line
     assert {line.count("|") for line in lines if line.startswith("| is_dpo |")} == {lines[0].count("|")}
-    assert any(line.startswith("| dpo | 0.1 | - | 0.0001 | 1 | ") and "±" not in line for line in lines)
+    single = next(line for line in lines if line.startswith("| dpo | 0.1 | - | 0.0001 | 1 | "))
+    assert "| 70.0 ± 2.0 | 2.00 ± 0.01 | 0.0 | 0.50 |" in single  # over prompts, where that is known
     assert "golden settings aaaa" in "\n".join(lines)
 
 
@@ -316,9 +295,9 @@ def test_the_same_runs_give_the_same_bytes(drawn):
     folder, runs = drawn
     run_plot(reversed(runs), folder / "again")
     names = sorted(path.name for path in (folder / "figs").iterdir())
-    pictures = [f"figure{k}.{end}" for k in (3, 4, 5, 6) for end in ("png", "svg", "jsonl")]
-    assert names == sorted([*pictures, "table.jsonl", "table1.md"])
-    for name in names:
+    pictures = [f"figure{k}.{end}" for k in (3, 4, 5, 6) for end in ("png", "jsonl")]
+    assert set(names) - {".figs.lock", ".lock"} == {*pictures, "table1.jsonl", "table1.md", "plot.json"}
+    for name in [*pictures, "table1.jsonl", "table1.md"]:
         assert (folder / "again" / name).read_bytes() == (folder / "figs" / name).read_bytes(), name
 
 
@@ -345,7 +324,16 @@ def test_what_is_not_drawn_is_said_and_does_not_linger(drawn, tmp_path, capsys):
     assert [f"figure{k} is not drawn: " in out for k in (3, 4, 5, 6)] == [True] * 4
     assert f"{bare}: evaluated up to step 0 of 64" in out
     table = (tmp_path / "figs" / "table1.md").read_text()
-    assert "| is_dpo | 0.05 | 1.0 | 0.0001 | 1 | 50.0 | 0.00 | 50.0 | 0.00 | 0.0 | - |" in table
+    assert "| is_dpo | 0.05 | 1.0 | 0.0001 | 1 | 50.0 ± 2.0 | 0.00 ± 0.01 | 50.0 ± 2.0 | 0.00 ± 0.01 | 0.0 | - |" in table
+
+
+def test_another_folder_is_left_alone(drawn, tmp_path):
+    _, runs = drawn
+    (tmp_path / "figure5.png").write_text("a user's own")
+    with pytest.raises(evaluate.UserError, match="is not empty, and `plot` did not make it"):
+        run_plot(runs[:1], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["figure5.png"]
+    assert (tmp_path / "figure5.png").read_text() == "a user's own"
 
 
 # ---------------------------------------------------------------------------------------------------------------- what is refused
@@ -360,19 +348,18 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
         evaluate.read_run(folder)
 
 
-def test_the_last_settings_hold(tmp_path, capsys):
+def test_the_last_settings_hold(tmp_path):
     folder = write_run(tmp_path / "run", settings="old")
     points = golden_points(folder)
     again = [dict(p, settings="new", win_rate=0.7) for p in points]
     points.append(dict(points[-1], step=80))
     write_golden(folder, points + again[::-1] + [dict(again[2], win_rate=0.9)])
     run = evaluate.read_run(folder)
-    assert [p["win_rate"] for p in run["points"]] == [0.7, 0.7, 0.9, 0.7, 0.7] and [p["step"] for p in run["points"]] == STEPS
-    assert "its last settings, new; left out are those of old" in capsys.readouterr().out
+    assert [round(p["win_rate"]) for p in run["points"]] == [70, 70, 90, 70, 70] and [p["step"] for p in run["points"]] == STEPS
 
 
 def test_not_an_evaluated_run(tmp_path):
-    with pytest.raises(evaluate.UserError, match=r"nowhere: no metrics\.jsonl in it"):
+    with pytest.raises(evaluate.UserError, match="nowhere: not a run of train_pref.py"):
         evaluate.read_run(tmp_path / "nowhere")
     folder = write_run(tmp_path / "run")
     points = golden_points(folder)
@@ -380,24 +367,25 @@ def test_not_an_evaluated_run(tmp_path):
     with pytest.raises(evaluate.UserError, match="no line of step 0, the reference: python evaluate.py golden"):
         evaluate.read_run(folder)
     write_golden(folder, points[:2] + [dict(points[2], sqrt_kl=math.nan, reward=None)])
-    with pytest.raises(evaluate.UserError, match=r"golden\.jsonl:3: no number for sqrt_kl, reward"):
+    with pytest.raises(evaluate.UserError, match=r"golden\.jsonl:3: .*must be numbers"):
         evaluate.read_run(folder)
     (folder / "golden.jsonl").unlink()
     with pytest.raises(evaluate.UserError, match=f"golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {folder}"):
         evaluate.read_run(folder)
     (folder / "golden.jsonl").write_text("")
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(evaluate.UserError, match=r"metrics\.jsonl:1: not the header"):
-        evaluate.read_run(folder)
+    for header in ('{"step": 1}', '{"args": 3}', '["args"]', "7"):
+        (folder / "metrics.jsonl").write_text(header + "\n")
+        with pytest.raises(evaluate.UserError, match=r"metrics\.jsonl:1: not the header"):
+            evaluate.read_run(folder)
 
 
 @pytest.mark.parametrize("change, says", [
     (dict(seed=0, loss="dpo", settings="bbbb"), "golden settings 'aaaa' and 'bbbb'"),
     (dict(settings="bbbb", header=dict(data="beef")), None),  # another seed may have another data set and reward model
     (dict(protocol="n 512"), "protocol 'n 256' and 'n 512'"),
-    (dict(seed=0), "are the same setting and seed"),
+    (dict(seed=0), "the same setting and seed"),
     (dict(epochs=1), "epochs 2 and 1"),
-    (dict(seed=0, loss="dpo", header=dict(data="beef")), "data fingerprint 'f00d' and 'beef'"),
+    (dict(seed=0, loss="dpo", header=dict(data="beef")), "data 'f00d' and 'beef'"),
     (dict(label_smoothing=0.1), "label_smoothing None and 0.1"),
     (dict(loss="rpo", eta=0.5), None),  # another loss may have other flags of its own
     (dict(seed=1, save_every=5), None),

@@ -154,7 +154,8 @@ def test_reference_policy_has_learned_the_task():
     prompts = [make.make_post(rng)[0] for _ in range(256)]
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
     uniform = torch.stack([ev.uniform_numbers(prompt, 1, 64, 0) for prompt in ids])
-    samples = [ev.completion_text(ys[0], [2], tokenizer) for ys in ev.generate(policy, ids, uniform, 1.0, 1.0, [2], cpu)]
+    samples = [ev.completion_text(ys[0], [2], tokenizer) for ys in ev.generate(policy, ids, uniform, 1.0, 1.0, [2])]
+    samples = [(text, stop is not None) for text, stop in samples]
     own = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts, samples)]
     dealt = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts[1:] + prompts[:1], samples)]
     assert mean([ended for _, ended in samples]) > 0.99
@@ -283,8 +284,8 @@ def test_truth_as_judge(tmp_path):
     (run / "metrics.jsonl").write_text('{"header": 1}\n')
     (run / "golden.jsonl").write_text(json.dumps(dict(checkpoint="step_000022", win_rate=0.1, reward=9.0, kl=2.0)) + "\n")
     best, half, wrong = "hugo bought tents and leo found cameras .", "hugo bought tents .", "hugo bought cameras ."
-    samples = [dict(prompt=POST, references=[half], completions=[best, wrong], ended=[True, True]),
-               dict(prompt=POST, references=[half, best], completions=[half, best], ended=[True, False])]
+    samples = [dict(prompt=POST, references=[half], completions=[best, wrong], stops=["</s>", "</s>"]),
+               dict(prompt=POST, references=[half, best], completions=[half, best], stops=["</s>", None])]
     (run / "golden_samples" / "step_000022.jsonl").write_bytes(make.json_lines(samples))
     subprocess.run([sys.executable, TOY / "truth.py", tmp_path / "out", run], check=True)
     (row,) = make.read_lines(tmp_path / "out" / "runs0-dpo" / "golden.jsonl")

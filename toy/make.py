@@ -265,7 +265,7 @@ def make_rm_pairs(name, prompts, directory):
     rows = []
     for row in read_lines(sample(name, prompts, directory)):
         a, b = row["completions"]
-        if all(row["ended"]) and a != b and a and b:
+        if None not in row["stops"] and a != b and a and b:
             a_wins = random.Random(f"label {row['prompt']}").random() < sigmoid(truth(row["prompt"], a) - truth(row["prompt"], b))
             rows.append(dict(prompt=row["prompt"], chosen=a if a_wins else b, rejected=b if a_wins else a))
     return first_pairs(name, rows, RM_FILES[name][2])

@@ -23,7 +23,7 @@ def judge(path):
     """Samples of a checkpoint, with references -> win rate and mean truth (points), with their standard errors over prompts."""
     shares, truths = [], []
     for row in make.read_lines(path):
-        ours = [make.truth(row["prompt"], text, ended) for text, ended in zip(row["completions"], row["ended"])]
+        ours = [make.truth(row["prompt"], text, stop is not None) for text, stop in zip(row["completions"], row["stops"])]
         theirs = [make.truth(row["prompt"], text) for text in row["references"]]
         shares.append(statistics.mean((a > b) + 0.5 * (a == b) for a in ours for b in theirs))
         truths.append(statistics.mean(ours))
