@@ -715,7 +715,8 @@ def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
     """Read, tokenize and cut data, once a run: rank 0 does it and writes `path`, all ranks map that file, and so does a
     run that resumes. For split and limits see token_rows. -> TokenRows. The report of skipped rows, by kind with the
     place of the first, is said each time. Raises UserError where nothing is left."""
-    key, noun = f"{header['model']}-{header['data']}", f"{kind.__name__.lower()}s"
+    noun = f"{kind.__name__.lower()}s"
+    key = f"{noun}-{header['model']}-{header['data']}"
 
     def make():
         if path.exists():
@@ -1311,7 +1312,8 @@ def checkpoint_to_resume(out, header):
     if empty and not metrics.exists():
         write_aside(metrics, lambda aside: aside.write_text(json.dumps(header) + "\n"))
     try:
-        found = json.loads(metrics.read_text().split("\n")[0])
+        lines = metrics.read_text().split("\n")
+        found = json.loads(lines[0])
         prints = [{f"{key} fingerprint": h.get(key) for key in ("model", "ref", "data")} for h in (found, header)]
         then, now = (h["args"] | dict(script=h["script"]) | p for h, p in zip((found, header), prints))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -1319,7 +1321,7 @@ def checkpoint_to_resume(out, header):
                         " --out") from None
     differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted({*then, *now} - FREE_FLAGS)
               if then.get(key) != now.get(key)]
-    if differ:
+    if differ and len(lines) > 2:  # before a first step nothing is lost: a wrong model or data may be mended
         raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out (to train on: --model"
                         f" {out}/final)")
     for leftover in (*out.glob(".step_*"), out / ".final.tmp"):  # of a kill: half a checkpoint written or deleted

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,7 +227,9 @@ def test_strict_loading(model_dir, data, tmp_path, run_script):
             load(directory)
     out = tmp_path / "out"
     run_script("train_rm")(*flags(directory, data, out)).refused("score.weight is torch.float32 [2, 32]", directory)
-    assert not list(out.iterdir())
+    shutil.rmtree(directory)  # mended, the same command goes through
+    shutil.copytree(model_dir, directory)
+    run_script("train_rm")(*flags(directory, data, out)).ok()
 
 
 def their_scores(directory, rows, side=None):
