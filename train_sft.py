@@ -308,7 +308,8 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(parser, args, positive, signed=()):
     """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
     for flag, value in vars(args).items():
-        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < 2**63
+        most = 2**63 if type(value) is int else math.inf
+        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
         if unfit or flag in positive and value == 0:
             parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
 
@@ -435,7 +436,7 @@ def parse_with_preset(parser, presets, argv, positive=(), signed=()):
     for name, values in presets.items():
         parser.add_argument_group(f"--preset {name}", ", ".join(f"{flag} {value}" for flag, value in values.items()))
     given = parser.parse_known_args(argv)[0]
-    preset = given.preset or ("paper" if given.model or given.data else "toy")
+    preset = ("paper" if given.model or given.data else "toy") if given.preset is None else given.preset
     if preset not in presets:
         parser.error(f"--preset {preset}: one of {', '.join(presets)}")
     parser.set_defaults(**presets[preset] | dict(preset=preset))
@@ -503,7 +504,10 @@ def open_metrics(path, header, resumed):
 def write_metrics(file, step, metrics):
     """One JSON line. JSON has no NaN: what is not finite is null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-    file.write(json.dumps({"step": step} | clean) + "\n")
+    try:
+        file.write(json.dumps({"step": step} | clean) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {file.name}: {error}") from None
 
 
 def peak_memory_gb():
@@ -711,7 +715,8 @@ def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
     """Read, tokenize and cut data, once a run: rank 0 does it and writes `path`, all ranks map that file, and so does a
     run that resumes. For split and limits see token_rows. -> TokenRows. The report of skipped rows, by kind with the
     place of the first, is said each time. Raises UserError where nothing is left."""
-    key, noun = f"{header['model']}-{header['data']}", f"{kind.__name__.lower()}s"
+    noun = f"{kind.__name__.lower()}s"
+    key = f"{noun}-{header['model']}-{header['data']}"
 
     def make():
         if path.exists():
@@ -1307,20 +1312,23 @@ def checkpoint_to_resume(out, header):
     """-> out/final if the run is complete, its newest checkpoint, or None to begin. `header` is the line that this run
     would begin metrics.jsonl with. Raises UserError where `out` holds something else or another run."""
     out.mkdir(parents=True, exist_ok=True)
-    lock(out)
     metrics = out / "metrics.jsonl"
-    if all(path.name.startswith(".") for path in out.iterdir()):  # nothing, or what a kill left of the very first file
+    empty = all(path.name.startswith(".") for path in out.iterdir())  # or a kill left half of the very first file
+    if empty or metrics.exists():
+        lock(out)
+    if empty and not metrics.exists():
         write_aside(metrics, lambda aside: aside.write_text(json.dumps(header) + "\n"))
     try:
-        found = json.loads(metrics.read_text().split("\n")[0])
-        of = ("script", "model", "ref", "data")
-        then, now = ({key: h.get(key) for key in of} | h["args"] for h in (found, header))
+        lines = metrics.read_text().split("\n")
+        found = json.loads(lines[0])
+        prints = [{f"{key} fingerprint": h.get(key) for key in ("model", "ref", "data")} for h in (found, header)]
+        then, now = (h["args"] | dict(script=h["script"]) | p for h, p in zip((found, header), prints))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{out} is not empty and holds no run (no metrics.jsonl with a header): choose another"
                         " --out") from None
     differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted({*then, *now} - FREE_FLAGS)
               if then.get(key) != now.get(key)]
-    if differ:
+    if differ and len(lines) > 2:  # before a first step nothing is lost: a wrong model or data may be mended
         raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out (to train on: --model"
                         f" {out}/final)")
     for leftover in (*out.glob(".step_*"), out / ".final.tmp"):  # of a kill: half a checkpoint written or deleted
