@@ -135,7 +135,7 @@ def process_group():
     """The one-process group that a script makes for itself when it runs without torchrun; -> its device."""
     import train_pref
 
-    rank, world, device = train_pref.start(0, 60)
+    rank, world, device = train_pref.start(0, 60, 0)
     assert (rank, world) == (0, 1)
     yield device
     torch.distributed.destroy_process_group()
