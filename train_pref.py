@@ -1277,9 +1277,9 @@ class Llama(nn.Module):
 # --- shared: load (train_sft, train_rm, train_pref, evaluate) ---
 def find_model(name):
     """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles."""
-    path = Path(name)
-    if path.exists():
-        return path if path.is_dir() else path.parent
+    path = Path(name).parent if Path(name).name == "config.json" else Path(name)
+    if path.is_dir():
+        return path
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]))
     except (OSError, ValueError) as error:
