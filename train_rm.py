@@ -1001,8 +1001,8 @@ def read_config(directory):
         value = rope[key] if key in rope else getattr(c, key, None)
         if key in (*sizes, *scaling) and key not in given:
             raise UserError(f"{path}: {key} is missing")
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
+        if type(value) not in (int, float) or not 0 < value < 1e12:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
                         f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
@@ -1168,7 +1168,7 @@ def find_model(name):
 def read_json(path):
     """The object in a JSON file. Raises UserError where there is none."""
     try:
-        return dict(json.loads(path.read_text()))
+        return {**json.loads(path.read_text())}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: no JSON object that can be read: {error}") from None
 
@@ -1227,8 +1227,11 @@ def share_like(param, tensor):
 def open_weights(directory):
     """-> {tensor name: the open file that holds it}, of model.safetensors or of the files that its index names."""
     index = directory / "model.safetensors.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
-    files = [open_safetensors(directory / Path(name).name) for name in sorted(names)]
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    names = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise UserError(f"{index}: no weight_map to safetensors files beside it")
+    files = [open_safetensors(directory / name) for name in sorted(names)]
     return {tensor: file for file in files for tensor in file.keys()}
 
 
