@@ -970,8 +970,11 @@ def split_pair(row, tokenizer):
     """A data row -> prompt, [chosen, rejected] as texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings
     share all up to the last common "\\n\\nAssistant:", conversations share their first messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if chosen == rejected:
-        raise SkipRow("identical responses" if chosen else f"no chosen and rejected, keys: {', '.join(row) or 'none'}")
+    keys = ", ".join(row)[:80] or "none"
+    if not {"chosen", "rejected"} <= row.keys():
+        raise SkipRow(f"no chosen and rejected, keys: {keys}")
+    if chosen and chosen == rejected:
+        raise SkipRow("identical responses")
     if isinstance(chosen, list) and isinstance(rejected, list):
         if not isinstance(prompt, list):
             common = sum(itertools.takewhile(bool, (a == b for a, b in zip(chosen, rejected))))
@@ -984,7 +987,7 @@ def split_pair(row, tokenizer):
         marker = "\n\nAssistant:"
         cut = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
         if cut < len(marker) or marker in chosen[cut:] or marker in rejected[cut:]:
-            raise SkipRow("prompt mismatch")
+            raise SkipRow("prompt mismatch" if marker in chosen else f"no prompt, keys: {keys}")
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
     if not chosen.strip() or not rejected.strip():
         raise SkipRow("empty response")
