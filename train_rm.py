@@ -610,12 +610,14 @@ def read_jsonl(path):
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            is_array = file.readline().strip() == b"["
+            first = file.readline().strip()
             file.seek(0)
-            for number, line in enumerate([file.read()] if is_array else file, 1):
-                row = json.loads(line) if line.strip() else []
-                for row in row if isinstance(row, list) and all(isinstance(item, dict) for item in row) else [row]:
-                    yield f"{path}:{number}", row if isinstance(row, dict) else {}
+            for number, line in enumerate([file.read()] if first[:1] == b"[" and first[-1:] != b"]" else file, 1):
+                if line.strip():
+                    rows = json.loads(line)
+                    is_array = isinstance(rows, list) and any(isinstance(row, dict) for row in rows)
+                    for row in rows if is_array else [rows]:
+                        yield f"{path}:{number}", row if isinstance(row, dict) else {}
     except (ValueError, RecursionError) as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -853,9 +855,9 @@ def split_pair(row, tokenizer):
     """A data row -> prompt, [chosen, rejected] as texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings
     share all up to the last common "\\n\\nAssistant:", conversations share their first messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    keys = ", ".join(row)[:80] or "none"
+    keys = f"keys: {[*row]}"[:80]
     if not {"chosen", "rejected"} <= row.keys():
-        raise SkipRow(f"no chosen and rejected, keys: {keys}")
+        raise SkipRow(f"no chosen and rejected, {keys}")
     if chosen and chosen == rejected:
         raise SkipRow("identical responses")
     if isinstance(chosen, list) and isinstance(rejected, list):
@@ -870,7 +872,7 @@ def split_pair(row, tokenizer):
         marker = "\n\nAssistant:"
         cut = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
         if cut < len(marker) or marker in chosen[cut:] or marker in rejected[cut:]:
-            raise SkipRow("prompt mismatch" if marker in chosen else f"no prompt, keys: {keys}")
+            raise SkipRow("prompt mismatch" if marker in chosen else f"no prompt, {keys}")
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
     if not chosen.strip() or not rejected.strip():
         raise SkipRow("empty response")

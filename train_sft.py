@@ -554,12 +554,14 @@ def read_jsonl(path):
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            is_array = file.readline().strip() == b"["
+            first = file.readline().strip()
             file.seek(0)
-            for number, line in enumerate([file.read()] if is_array else file, 1):
-                row = json.loads(line) if line.strip() else []
-                for row in row if isinstance(row, list) and all(isinstance(item, dict) for item in row) else [row]:
-                    yield f"{path}:{number}", row if isinstance(row, dict) else {}
+            for number, line in enumerate([file.read()] if first[:1] == b"[" and first[-1:] != b"]" else file, 1):
+                if line.strip():
+                    rows = json.loads(line)
+                    is_array = isinstance(rows, list) and any(isinstance(row, dict) for row in rows)
+                    for row in rows if is_array else [rows]:
+                        yield f"{path}:{number}", row if isinstance(row, dict) else {}
     except (ValueError, RecursionError) as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -799,7 +801,7 @@ def split_demonstration(row):
     elif prompt is None or not {"completion", "chosen"} & row.keys():
         marker = "\n\nAssistant:"
         if not isinstance(completion, str) or marker not in completion:
-            raise SkipRow(f"no prompt and completion, keys: {', '.join(row)[:80] or 'none'}")
+            raise SkipRow(f"no prompt and completion, keys: {[*row]}"[:120])
         cut = completion.rfind(marker) + len(marker)
         prompt, completion = completion[:cut], completion[cut:]
     if not (isinstance(prompt, list) and isinstance(completion, list)):

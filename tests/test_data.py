@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
+import types
 
 import pytest
 import torch
@@ -82,6 +84,28 @@ def test_read_jsonl(suffix, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz"])
+@pytest.mark.parametrize("text", [
+    json.dumps, lambda rows: json.dumps(rows, indent=2) + "\n", lambda rows: json.dumps(rows, indent="\t").replace("\n", "\r\n"),
+    lambda rows: "[" + ",\n".join(map(json.dumps, rows)) + "]"], ids=["one line", "pretty", "CRLF", "a row a line"])
+def test_json_array(text, suffix, byte, tmp_path):
+    rows = [dict(prompt="a [", chosen="b]", rejected="c"), dict(prompt="d", chosen=UNICODE_LINE_ENDS, rejected="f"), 3]
+    path, content = tmp_path / f"data{suffix}", text(rows).encode()
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    pairs, index, report = load_pairs(path, byte, *LIMITS)
+    assert [texts(byte, pair) for pair in pairs] == [("<s>a [", "b]</s>", "c</s>"),
+                                                     ("<s>d", UNICODE_LINE_ENDS + "</s>", "f</s>")]
+    assert index.tolist() == [0, 1] and report.startswith(f"{path}: 2 pairs of 3 rows; skipped: 1 no chosen and rejected")
+
+
+def test_a_broken_json_array(byte, tmp_path):
+    path = tmp_path / "data.json"
+    for content in (json.dumps([dict(prompt="a", chosen="b", rejected="c")], indent=2)[:-4], '[{"prompt": "a"},', "[", "{\n}"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="data.json:1: not JSON"):
+            load_pairs(path, byte, *LIMITS)
+
+
 @pytest.mark.parametrize("line", [b'{"a": 1', b"hello", b'{"a": 1}{"a": 2}', b'{"a": 1}\r{"a": 2}', b'{"a": "\xff"}', b"{'a': 1}"])
 def test_a_line_that_is_not_json(line, tmp_path):
     path = tmp_path / "data.jsonl"
@@ -144,6 +168,44 @@ def test_hub_dataset(tmp_path, monkeypatch, byte):
     assert [row["prompt"] for _, row in read_rows("toy", False, recipes)] == ["x", "y"]
 
 
+TABLE = [dict(prompt="a", chosen="b", rejected="c"), dict(prompt="d", chosen="e", rejected="e")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables(kind, byte, tmp_path, monkeypatch):
+    """Through `datasets`, as it reads them."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / f"data.{kind}"
+    getattr(datasets.Dataset.from_list(TABLE), f"to_{kind}")(path)
+    pairs, index, report = load_pairs(path, byte, *LIMITS, held_out=True)  # a file has no splits
+    assert [texts(byte, pair) for pair in pairs] == [("<s>a", "b</s>", "c</s>")] and index.tolist() == [0]
+    assert report == f"{path}: 1 pairs of 2 rows; skipped: 1 identical responses (first {path}[1]); cut: none"
+
+
+def test_how_datasets_is_asked(byte, tmp_path, monkeypatch):
+    """A stand-in for the package: what it is asked for, where the package itself is not installed."""
+    class Rows(list):
+        def select_columns(self, names):
+            return Rows({name: row[name] for name in names} for row in self)
+
+    asked = []
+    stub = types.ModuleType("datasets")
+    stub.load_dataset = lambda *args, **kwargs: asked.append((args, kwargs)) or Rows(TABLE)
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    recipes = {"mine": ("me/mine", "train_prefs", "test_prefs[:9]", ("chosen", "rejected"))}
+    sources = ["x.csv", str(tmp_path / "y.parquet"), "some/hub", "mine", "mine+x.csv"]
+    found = [list(read_rows(source, held_out, recipes)) for source in sources for held_out in (False, True)]
+    file = lambda name: ((name.split(".")[1],), dict(data_files=name, split="train"))
+    assert asked == [file("x.csv")] * 2 + [(("parquet",), dict(data_files=sources[1], split="train"))] * 2 + [
+        (("some/hub",), dict(split="train")), (("some/hub",), dict(split="test")),
+        (("me/mine",), dict(split="train_prefs")), (("me/mine",), dict(split="test_prefs[:9]")),
+        (("me/mine",), dict(split="train_prefs")), file("x.csv"), (("me/mine",), dict(split="test_prefs[:9]")), file("x.csv")]
+    assert found[0] == [("x.csv[0]", TABLE[0]), ("x.csv[1]", TABLE[1])]
+    assert found[6] == [(f"mine[{k}]", dict(chosen=row["chosen"], rejected=row["rejected"])) for k, row in enumerate(TABLE)]
+    assert len(found[8]) == 4
+
+
 def test_hub_refusals(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "datasets", None)  # importing it fails
@@ -187,11 +249,11 @@ def test_pairs(byte, tmp_path):
 
 GOOD = dict(prompt="p", chosen="good", rejected="bad")
 SKIPPED = {
-    "no chosen and rejected, keys: none": ["[1, 2]", '"text"', "null", "3", {}],
-    "no chosen and rejected, keys: question, answer": [dict(question="q", answer="a")],
-    "no chosen and rejected, keys: prompt, chosen": [dict(prompt="p", chosen="a"), dict(prompt="p", chosen=turns("a"))],
-    "no prompt, keys: question, chosen, rejected": [dict(question="q", chosen="a", rejected="b")],
-    "no prompt, keys: chosen, rejected": [dict(chosen="no marker", rejected="no mark")],
+    "no chosen and rejected, keys: []": ["[1, 2]", '"text"', "null", "3", {}],
+    "no chosen and rejected, keys: ['question', 'answer']": [dict(question="q", answer="a")],
+    "no chosen and rejected, keys: ['prompt', 'chosen']": [dict(prompt="p", chosen="a"), dict(prompt="p", chosen=turns("a"))],
+    "no prompt, keys: ['question', 'chosen', 'rejected']": [dict(question="q", chosen="a", rejected="b")],
+    "no prompt, keys: ['chosen', 'rejected']": [dict(chosen="no marker", rejected="no mark")],
     "wrong types": [dict(prompt="p", chosen=1, rejected="b"), dict(prompt="p", chosen=None, rejected="b"),
                     dict(prompt=3, chosen="a", rejected="b"), dict(prompt=None, chosen="a", rejected="b"),
                     dict(prompt="p", chosen=None, rejected=None), dict(prompt="p", chosen="a", rejected=turns("a", "b")), dict(prompt=turns("p"), chosen="a", rejected="b"),
@@ -228,7 +290,7 @@ def test_skipped_rows(kind, byte, tmp_path, monkeypatch):
     report = load_pairs(source, byte, *LIMITS)[2]
     assert f"1 pairs of {len(rows) + 1} rows; skipped: {len(rows)} {kind} (first {source}:2)" in report
     source = write(tmp_path / "none.jsonl", *rows)
-    with pytest.raises(UserError, match=f"no usable pairs in .*none.jsonl.*{len(rows)} {kind}"):
+    with pytest.raises(UserError, match=f"no usable pairs in .*none.jsonl.*{len(rows)} {re.escape(kind)}"):
         load_pairs(source, byte, *LIMITS)
 
 
@@ -342,12 +404,12 @@ def test_text_without_bos(tmp_path):
 @pytest.mark.parametrize(("kind", "row"), [
     ("wrong types", dict(text=3)), ("wrong types", dict(prompt="p", completion=None)), ("wrong types", dict(prompt=3, completion="c")),
     ("wrong types", dict(prompt="p", completion=3)), ("wrong types", dict(prompt=turns("a"), completion="c")),
-    ("no prompt and completion, keys: completion", dict(completion="c")),
-    ("no prompt and completion, keys: chosen", dict(chosen="no marker")),
-    ("no prompt and completion, keys: none", {}), ("no prompt and completion, keys: none", "[1]"),
-    ("no prompt and completion, keys: question, completion", dict(question="q", completion="c")),
-    ("no prompt and completion, keys: prompt, answer", dict(prompt="p", answer="a")),
-    ("no prompt and completion, keys: instruction, output", dict(instruction="i", output="o")),
+    ("no prompt and completion, keys: ['completion']", dict(completion="c")),
+    ("no prompt and completion, keys: ['chosen']", dict(chosen="no marker")),
+    ("no prompt and completion, keys: []", {}), ("no prompt and completion, keys: []", "[1]"),
+    ("no prompt and completion, keys: ['question', 'completion']", dict(question="q", completion="c")),
+    ("no prompt and completion, keys: ['prompt', 'answer']", dict(prompt="p", answer="a")),
+    ("no prompt and completion, keys: ['instruction', 'output']", dict(instruction="i", output="o")),
     ("empty completion", dict(text="")), ("empty completion", dict(prompt="p", completion=" \n")),
     ("empty completion", dict(chosen="\n\nHuman: a\n\nAssistant: ")),
     ("prompt mismatch", dict(messages=turns("Hi"))), ("prompt mismatch", dict(messages=turns("Hi", "Hello", "Bye"))),
