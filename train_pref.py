@@ -732,12 +732,14 @@ def read_jsonl(path):
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            is_array = file.readline().strip() == b"["
+            first = file.readline().strip()
             file.seek(0)
-            for number, line in enumerate([file.read()] if is_array else file, 1):
-                row = json.loads(line) if line.strip() else []
-                for row in row if isinstance(row, list) and all(isinstance(item, dict) for item in row) else [row]:
-                    yield f"{path}:{number}", row if isinstance(row, dict) else {}
+            for number, line in enumerate([file.read()] if first[:1] == b"[" and first[-1:] != b"]" else file, 1):
+                if line.strip():
+                    rows = json.loads(line)
+                    is_array = isinstance(rows, list) and any(isinstance(row, dict) for row in rows)
+                    for row in rows if is_array else [rows]:
+                        yield f"{path}:{number}", row if isinstance(row, dict) else {}
     except (ValueError, RecursionError) as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -976,8 +978,11 @@ def split_pair(row, tokenizer):
     """A data row -> prompt, [chosen, rejected] as texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings
     share all up to the last common "\\n\\nAssistant:", conversations share their first messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if chosen == rejected:
-        raise SkipRow("identical responses" if chosen else f"no chosen and rejected, keys: {', '.join(row) or 'none'}")
+    keys = f"keys: {[*row]}"[:80]
+    if not {"chosen", "rejected"} <= row.keys():
+        raise SkipRow(f"no chosen and rejected, {keys}")
+    if chosen and chosen == rejected:
+        raise SkipRow("identical responses")
     if isinstance(chosen, list) and isinstance(rejected, list):
         if not isinstance(prompt, list):
             common = sum(itertools.takewhile(bool, (a == b for a, b in zip(chosen, rejected))))
@@ -990,7 +995,7 @@ def split_pair(row, tokenizer):
         marker = "\n\nAssistant:"
         cut = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
         if cut < len(marker) or marker in chosen[cut:] or marker in rejected[cut:]:
-            raise SkipRow("prompt mismatch")
+            raise SkipRow("prompt mismatch" if marker in chosen else f"no prompt, {keys}")
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
     if not chosen.strip() or not rejected.strip():
         raise SkipRow("empty response")
@@ -1124,8 +1129,8 @@ def read_config(directory):
         value = rope[key] if key in rope else getattr(c, key, None)
         if key in (*sizes, *scaling) and key not in given:
             raise UserError(f"{path}: {key} is missing")
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
+        if type(value) not in (int, float) or not 0 < value < 1e12:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
                         f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
@@ -1290,9 +1295,9 @@ class Llama(nn.Module):
 # --- shared: load (train_sft, train_rm, train_pref, evaluate) ---
 def find_model(name):
     """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles."""
-    path = Path(name)
-    if path.exists():
-        return path if path.is_dir() else path.parent
+    path = Path(name).parent if Path(name).name == "config.json" else Path(name)
+    if path.is_dir():
+        return path
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]))
     except (OSError, ValueError) as error:
@@ -1302,7 +1307,7 @@ def find_model(name):
 def read_json(path):
     """The object in a JSON file. Raises UserError where there is none."""
     try:
-        return dict(json.loads(path.read_text()))
+        return {**json.loads(path.read_text())}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: no JSON object that can be read: {error}") from None
 
@@ -1361,8 +1366,11 @@ def share_like(param, tensor):
 def open_weights(directory):
     """-> {tensor name: the open file that holds it}, of model.safetensors or of the files that its index names."""
     index = directory / "model.safetensors.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
-    files = [open_safetensors(directory / Path(name).name) for name in sorted(names)]
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    names = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise UserError(f"{index}: no weight_map to safetensors files beside it")
+    files = [open_safetensors(directory / name) for name in sorted(names)]
     return {tensor: file for file in files for tensor in file.keys()}
 
 

@@ -5,7 +5,6 @@ code under test, so what is compared is the arithmetic on them.
 """
 
 import math
-from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,13 +105,14 @@ def test_values(flags, dtype):
     logps, (lw, ll) = make_logps(500, dtype, largest=largest)
     losses, weights = tp.preference_loss(tp.parse_args(flags.split()), *logps, lw, ll)
     base, expected_weights = oracle(flags, logps, lw, ll)
+    assert not weights.requires_grad
     assert losses.dtype == weights.dtype == dtype and losses.shape == weights.shape == (500,)
     # float32: the log-ratios keep the rounding of a subtraction near 60 (4e-6 nats), and exp makes that relative
     rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (2e-5, 1e-6)
     np.testing.assert_allclose(weights.numpy(), expected_weights, rtol=rtol, atol=0)
     if "chi_po" in flags:  # differences of exponentials up to exp(20)
         rtol = 1e-9 if dtype == torch.float64 else 1e-3
-    np.testing.assert_allclose(losses.numpy(), expected_weights * base, rtol=rtol, atol=atol)
+    np.testing.assert_allclose((weights * losses).numpy(), expected_weights * base, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("flags", CASES)
@@ -120,8 +120,8 @@ def test_gradients(flags):
     """Autograd against central differences of the numpy oracle, the weight held fixed: it is detached."""
     logps, (lw, ll) = make_logps(100, torch.float64, seed=1, largest=4.0)
     logps = [x.requires_grad_() for x in logps]
-    losses, _ = tp.preference_loss(tp.parse_args(flags.split()), *logps, lw, ll)
-    grads = torch.autograd.grad(losses.sum(), logps)
+    losses, weights = tp.preference_loss(tp.parse_args(flags.split()), *logps, lw, ll)
+    grads = torch.autograd.grad((weights * losses).sum(), logps)
     values = [x.detach().numpy() for x in logps]
     _, weights = oracle(flags, values, lw, ll)
     step = 1e-4
@@ -146,7 +146,7 @@ def test_weighted_gradient_is_weight_times_gradient(base, dtype):
     grads = {}
     for loss in (base, f"is_{base}"):
         losses, weights = tp.preference_loss(tp.parse_args(["--loss", loss]), *logps, *lengths)
-        grads[loss] = torch.autograd.grad(losses.sum(), logps)
+        grads[loss] = torch.autograd.grad((weights * losses).sum(), logps)
     assert weights.std() > 0 and not weights.requires_grad
     for plain, weighted in zip(grads[base], grads[f"is_{base}"]):
         torch.testing.assert_close(weighted, weights * plain, rtol=1e-6, atol=0)
@@ -158,7 +158,8 @@ def test_formulas_by_hand():
     lw, ll = (torch.tensor([x], dtype=torch.float64) for x in (4.0, 2.0))
 
     def value(flags):
-        return tp.preference_loss(tp.parse_args(["--beta", "0.1", *flags.split()]), pc, pr, rc, rr, lw, ll)[0].item()
+        losses, weights = tp.preference_loss(tp.parse_args(["--beta", "0.1", *flags.split()]), pc, pr, rc, rr, lw, ll)
+        return (weights * losses).item()
 
     dpo = math.log(1 + math.exp(-0.3))
     assert value("--loss dpo") == pytest.approx(dpo, rel=1e-12)
@@ -189,7 +190,7 @@ def test_no_overflow_at_extreme_log_ratios():
     lengths = torch.ones(4), torch.ones(4)
     for loss in tp.LOSS_FLAGS:
         losses, weights = tp.preference_loss(tp.parse_args(["--loss", loss]), *logps, *lengths)
-        grads = torch.autograd.grad(losses.sum(), logps[:2])
+        grads = torch.autograd.grad((weights * losses).sum(), logps[:2])
         assert all(x.isfinite().all() for x in (losses, weights, *grads)), loss
 
 
@@ -248,7 +249,8 @@ def test_a_weight_at_the_cap_counts_as_capped():
 
 
 def ours(flags, logps, lengths):
-    return tp.preference_loss(tp.parse_args(flags.split()), *logps, *lengths)[0]
+    losses, weights = tp.preference_loss(tp.parse_args(flags.split()), *logps, *lengths)
+    return weights * losses
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5])
@@ -288,7 +290,7 @@ def test_trl_rpo(trl_setup):
 
 @pytest.mark.parametrize("shared_prompt", [True, False], ids=["shared", "plain"])
 @pytest.mark.parametrize("trl_type, flags", [("sigmoid", "--loss dpo"), ("ipo", "--loss ipo --length_average")])
-def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt):
+def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt, process_group):
     """The same text, policy and reference through TRL's tokenization, collator, forward and loss, and through ours: equal ids,
     loss and gradient of every parameter. float32."""
     trainer, setup = trl_setup.trainer, trl_setup
@@ -303,13 +305,14 @@ def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt):
     data = setup.tmp / "pairs.jsonl"
     data.write_text("".join(tp.json.dumps(row) + "\n" for row in setup.rows))
     tokenizer = tp.load_tokenizer(setup.policy_dir)
-    pairs, index, _ = tp.load_pairs(str(data), False, tokenizer, 272, 128, 96, "keep_end")
-    assert index.tolist() == list(range(6))
+    rows = list(enumerate(tp.read_rows(str(data), False, {})))
+    numbered = list(tp.token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, 272, 128, 96))
+    assert [number for number, _ in numbered] == list(range(6))
+    pairs = [tp.Pair(*ids) for _, ids in numbered]
     for pair, example in zip(pairs, examples):
-        assert [list(pair.prompt), list(pair.chosen), list(pair.rejected)] == [
-            list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
-    how = dict(device="cpu", kernel="torch", precision="fp32", shard=False, compile_layers=False, checkpoint_activations=False)
-    policy, ref = (tp.load_weights(tp.build_llama(tp.read_config(d), **how), d) for d in (setup.policy_dir, setup.ref_dir))
+        assert list(pair) == [list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
+    policy, ref = (tp.load_weights(tp.build(lambda: tp.Llama(tp.read_config(d), "torch"), "cpu", "fp32"), d)
+                   for d in (setup.policy_dir, setup.ref_dir))
     batch = tp.collate_pairs(pairs, shared_prompt, "cpu")
     logps = policy(**batch)[0].view(-1, 2)
     with torch.no_grad():
@@ -355,8 +358,8 @@ def test_weights_forced_to_one(base):
     args = rc + rho, rr - rho, rc, rr
     lengths = torch.ones_like(rho), torch.ones_like(rho)
     plain = tp.preference_loss(tp.parse_args(["--loss", base]), *args, *lengths)[0]
-    weighted, weights = tp.preference_loss(tp.parse_args(["--loss", f"is_{base}"]), *args, *lengths)
-    assert (weights == 1).all() and torch.equal(plain, weighted)
+    losses, weights = tp.preference_loss(tp.parse_args(["--loss", f"is_{base}"]), *args, *lengths)
+    assert (weights == 1).all() and torch.equal(plain, weights * losses)
 
 
 @pytest.mark.parametrize("log_eps", [0.0, 0.5, 1.0, 3.0])
@@ -433,9 +436,9 @@ def test_length_dpo_sign():
 
 
 def test_unknown_loss():
-    zero = torch.zeros(1)
-    with pytest.raises(ValueError, match="simpo"):
-        tp.preference_loss(Namespace(loss="simpo"), zero, zero, zero, zero, zero, zero)
+    with pytest.raises(tp.UserError, match="simpo.*is_dpo") as caught:
+        tp.parse_args(["--loss", "simpo"])
+    assert caught.value.code == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -457,6 +460,7 @@ def test_metrics(flags):
             "is_ipo": lambda: oracle_ipo(*logps, 0.1), "chi_po": lambda: oracle_chi_po(*logps, 0.1, 10.0)}[args.loss]()
     expected = {
         "loss": np.mean(weights * base),
+        "loss/unweighted": np.mean(base),
         "rewards/chosen": np.mean(0.1 * rho_w),
         "rewards/rejected": np.mean(0.1 * rho_l),
         "rewards/margins": np.mean(0.1 * rho_w) - np.mean(0.1 * rho_l),
