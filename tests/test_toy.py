@@ -155,7 +155,7 @@ def test_reference_policy_has_learned_the_task():
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
     uniform = torch.stack([ev.uniform_numbers(prompt, 1, 64, 0) for prompt in ids])
     samples = [ev.completion_text(ys[0], [2], tokenizer) for ys in ev.generate(policy, ids, uniform, 1.0, 1.0, [2])]
-    samples = [(text, stop is not None) for text, stop in samples]
+    samples = [(text, stop is not None) for text, stop, _ in samples]
     own = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts, samples)]
     dealt = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts[1:] + prompts[:1], samples)]
     assert mean([ended for _, ended in samples]) > 0.99
