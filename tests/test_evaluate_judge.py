@@ -3,7 +3,6 @@
 import http.server
 import json
 import math
-import os
 import re
 import signal
 import subprocess
