@@ -168,7 +168,7 @@ def generate(policy, prompts, uniform, temperature, top_p, stops):
     (B, k, n), device = uniform.shape, device_of(policy)
     uniform = uniform.to(device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    rows = [(list(prompt), list(range(len(prompt))), [0] * len(prompt)) for prompt in prompts]
+    rows, _ = response_rows(prompts, [[]] * B)
     batch = batch_tensors(rows, [(b, len(prompt) - 1) for b, prompt in enumerate(prompts)], device)
     cache = Cache(policy.config, B, batch["ids"].shape[1] + k * n, policy.model.dtype, device)
     hidden = cached_forward(policy.model, batch["ids"], batch["positions"], batch["segments"], cache)  # (B, P, D)
@@ -308,9 +308,6 @@ RECIPES = {
 COMMANDS = dict(sample="completions of a policy", label="a reward model's preferences among completions",
                 golden="win rate, KL and reward of every checkpoint of runs", plot="figures 3 to 6 and Table 1",
                 judge="verdicts of a judge behind an API", bench="answers for AlpacaEval 2 or MT-Bench")
-NEEDED = dict(sample=["model", "data"], label=["rm"], golden=["rm", "ref", "data"])
-POSITIVE = ("n", "k", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "batch_size", "timeout",
-            "concurrency", "request_timeout")
 FREE = ("out", "batch_size", "timeout", "threads", "concurrency", "request_timeout", "retries")  # change no result
 PROTOCOL = ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "seed", "precision")
 
@@ -324,69 +321,68 @@ def parse_args(argv=None):
         for name in names.split():
             flags[name].add_argument(flag, **how)
 
-    add("golden plot", "runs", nargs="+", metavar="RUN", help="--out of train_pref.py; plot: that golden has evaluated")
+    add("golden plot", "runs", nargs="+", metavar="RUN", help="--out of train_pref.py; plot: evaluated by golden")
     add("sample", "--model", help="policy: model directory or Hub id; with --api the server's name of it (preset)")
     add("bench", "--model", required=True, help="policy: model directory or Hub id")
     add("label golden", "--rm", help="reward model: what train_rm.py wrote, or a Hub id (preset)")
     add("golden", "--ref", help="reference policy, for the KL and as step 0: model directory or Hub id (preset)")
-    add("sample golden", "--data", help="prompts and their reference responses: a file, recipe or Hub id (preset)")
+    add("sample golden", "--data", help="prompts and reference responses: a file, recipe or Hub id (preset)")
     add("label", "--samples", required=True, help="what `sample` wrote")
     add("bench", "--suite", choices=["alpaca_eval", "mt_bench"], required=True, help="whose questions and format")
     add("bench", "--questions", required=True, help="FastChat's question.jsonl, or alpaca_eval.json")
-    add("sample label judge bench", "--out", required=True, help=".jsonl (alpaca_eval: .json); run again to go on;"
-        " judge: the ledger of verdicts, of which a deleted line is asked again")
+    add("sample label bench", "--out", required=True, help=".jsonl (alpaca_eval: .json); run again with it to go on")
     add("plot", "--out", default="figs", help="directory of figures, their rows and the table")
-    add("plot", "--log_eps", type=float, default=1.0, help="figures 3, 4 and 6 show weighted runs with this"
-        " cap (nats; inf: none)")
-    group = flags["judge"].add_mutually_exclusive_group(required=True)
-    group.add_argument("--samples", help="compare these completions, which `sample` wrote ...")
+    add("plot", "--log_eps", type=float, default=1.0, help="cap of weighted runs in figures 3, 4, 6, nats; inf: none")
+    add("judge", "--samples", help="compare these completions, which `sample` wrote ...")
     add("judge", "--against", help="... with those of the same prompt in this file (None: with the first reference)")
-    group.add_argument("--answers", help="or grade these, which `bench --suite mt_bench` or FastChat wrote, ...")
-    add("judge", "--mt_bench", default="", metavar="DIR", help="... by FastChat's folder fastchat/llm_judge/data")
+    add("judge", "--answers", help="or grade these, which `bench --suite mt_bench` or FastChat wrote, ...")
+    add("judge", "--mt_bench", metavar="DIR", help="... by what is in FastChat's fastchat/llm_judge/data")
     add("judge", "--judge", required=True, metavar="MODEL", help="the server's name of the judge, such as gpt-4o-mini")
+    add("judge", "--out", required=True, help="ledger of verdicts, .jsonl; a line that is deleted is asked again")
     for name in ("sample", "judge"):
         add(name, "--api", metavar="URL", required=name == "judge", help="OpenAI-compatible server, such as"
-            " https://api.openai.com/v1 or http://localhost:8000/v1; the key comes from OPENAI_API_KEY")
-        add(name, "--concurrency", type=int, default=8, help="requests at a time")
-        add(name, "--request_timeout", type=int, default=120, help="seconds")
-        add(name, "--retries", type=int, default=8, help="of a request after 429, 5xx, a time-out, no connection")
+            " http://localhost:8000/v1; the key comes from OPENAI_API_KEY")
+    add("sample judge", "--concurrency", type=int, default=8, help="requests at a time")
+    add("sample judge", "--request_timeout", type=int, default=120, help="seconds")
+    add("sample judge", "--retries", type=int, default=8, help="of a request after 429, 5xx, a time-out, no connection")
     add("golden", "--keep_samples", action="store_true", help="write what was said to RUN/golden_samples/")
-    add("label", "--noise", choices=["none", "bt"], default="none", help="none: of a prompt's best and worst"
-        " completion the best is chosen; bt: with probability sigmoid(difference of rewards), as people would")
+    add("label", "--noise", choices=["none", "bt"], default="none", help="none: the better one is chosen; bt: with"
+        " probability sigmoid(difference of rewards), as people would")
     add("bench", "--name", help="what the answers call the model (None: --model)")
     add("bench", "--template", choices=["chat", "hh"], default="chat", help="the tokenizer's, or HH's plain dialogue")
     add("sample golden", "--n", type=int, help="prompts: the first n different ones (preset)")
     add("sample golden", "--k", type=int, default=2, help="completions a prompt")
-    for name, temperature, top_p in (("sample golden", 0.7, 0.95), ("bench", None, 1.0)):
-        add(name, "--temperature", type=float, default=temperature, help="0: the likeliest token always; golden's KL"
-            " has 1; bench (None): mt_bench's own by category, else 0.7")
-        add(name, "--top_p", type=float, default=top_p, help="mass of the likeliest tokens; golden's KL has 1")
+    add("sample golden", "--temperature", type=float, default=0.7, help="0: the likeliest token; golden's KL has 1")
+    add("bench", "--temperature", type=float, help="0: the likeliest token (None: mt_bench's by category, else 0.7)")
+    add("sample golden", "--top_p", type=float, default=0.95, help="mass of the likeliest tokens; golden's KL has 1")
+    add("bench", "--top_p", type=float, default=1.0, help="mass of the likeliest tokens kept")
     add("sample golden", "--max_new_tokens", type=int, help="tokens of a completion at most (preset)")
     add("bench", "--max_new_tokens", type=int, default=1024, help="tokens of an answer at most")
     add("label golden", "--max_length", type=int, help="tokens of prompt + response that are scored (preset)")
-    torch_commands = "sample label golden bench"
-    add(torch_commands, "--preset", choices=list(PRESETS), help="a set of defaults; a flag given wins (None: toy, or"
-        " paper if a model or data is given)")
-    add(torch_commands, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end (preset)")
-    add(torch_commands, "--batch_size", type=int, default=64, help="completions a rank at a time: lower it when memory"
-        " runs out")
-    add(torch_commands, "--precision", choices=["bf16", "fp32", "fp64"], default="bf16" if torch.cuda.is_available()
-        else "fp32", help="of weights and products; fp64: the same samples on any machine, slowly")
-    add(torch_commands, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
-    add(torch_commands, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
-    add(torch_commands + " judge", "--seed", type=int, default=0, help="of all that is drawn; judge: of who is A")
+    models = "sample label golden bench"
+    add(models, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end (preset)")
+    add(models, "--batch_size", type=int, default=64, help="completions a rank at a time: less takes less memory")
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    add(models, "--precision", choices=["bf16", "fp32", "fp64"], default=precision, help="of weights, products; fp64:"
+        " the same samples on any machine, slowly")
+    add(models, "--preset", choices=list(PRESETS), help="defaults (None: toy, or paper if a model or data is given)")
+    add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
+    add(models, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
+    add(models + " judge", "--seed", type=int, default=0, help="of all that is drawn; judge: of who is A")
 
     args = parser.parse_args(argv)
     given = vars(args)
     if "preset" in given:
         args.preset = args.preset or ("paper" if any(given.get(x) for x in ("model", "ref", "rm", "data")) else "toy")
         given.update({x: value for x, value in PRESETS[args.preset].items() if x in given and given[x] is None})
-    for flag in NEEDED.get(args.command, ()):
-        if not given[flag]:
+    needed = ["answers", "mt_bench"] if given.get("answers") or given.get("mt_bench") else ["samples"]
+    for flag in needed if args.command == "judge" else ("model", "ref", "rm", "data"):
+        if flag in given and not given[flag]:
             parser.error(f"--{flag} is missing")
-    if args.command == "judge" and bool(args.answers) != bool(args.mt_bench):
-        parser.error("--answers and --mt_bench go together")
-    check_ranges(parser, args, POSITIVE, ("log_eps",))
+    if given.get("samples") and given.get("answers"):
+        parser.error("--samples or --answers, not both")
+    check_ranges(parser, args, ("n", "k", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "batch_size",
+                                "timeout", "concurrency", "request_timeout"), ("log_eps",))
     if given.get("top_p", 1) > 1:
         parser.error(f"--top_p {args.top_p}: must be at most 1")
     if "max_length" in given and args.max_prompt_length >= args.max_length:
@@ -645,7 +641,8 @@ def label(args):
     for k in range(0, len(todo), 1024):
         indices, prompts, responses = zip(*todo[k : k + 1024])
         found = score(reward_model, prompts, responses, args, known, f"scoring {k} of {len(todo)}")
-        fresh = [dict(index=index, rewards=values.tolist()) for index, values in zip(indices, found)]
+        # To 9 decimals: what follows depends on the batch, also in fp64.
+        fresh = [dict(index=index, rewards=values.round(decimals=9).tolist()) for index, values in zip(indices, found)]
         append_rows(scores_file, fresh)
         scores += fresh
     scores, pairs = sorted(scores, key=lambda row: row["index"]), []
@@ -669,10 +666,9 @@ def read_samples(path):
     samples, texts = [], lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
     for where, row in read_jsonl(Path(path)):
         said, references = row.get("completions"), row.setdefault("references", [])
-        if not (isinstance(row.get("prompt"), (str, list)) and texts(said) and said and texts(references)):
-            raise UserError(f"{where}: want prompt, completions, references (lists of texts), as `sample` writes them")
-        if len(row.setdefault("stops", [""] * len(said))) != len(said):
-            raise UserError(f"{where}: {len(row['stops'])} stops of {len(said)} completions")
+        if not (isinstance(row.get("prompt"), (str, list)) and texts(said) and said and texts(references)
+                and len(row.setdefault("stops", [""] * len(said))) == len(said)):
+            raise UserError(f"{where}: want prompt, completions, references (texts) and stops, as `sample` writes them")
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -1191,8 +1187,7 @@ def read_run(directory):
 
 
 def check_comparable(runs):
-    """Raise UserError where runs were trained or evaluated in ways that do not belong in one figure, or one comes
-    twice."""
+    """Raise UserError where runs were not trained and evaluated alike enough for a figure, or one comes twice."""
     for a, b in itertools.combinations(runs, 2):
         same_setting, same_seed = a["setting"] == b["setting"], a["seed"] == b["seed"]
         names = COMMON + OF_SETTING * same_setting + OF_SEED * same_seed
@@ -1322,8 +1317,7 @@ def markdown_table(rows, settings):
 
 def draw(rows, x, labels, x_label, **line):
     """A column of axes a (beta, lr), a line of axes a y, labels: {y: its axis' label}; over x the means of each loss,
-    with bars of one standard error -> figure, {(beta, lr): its column of axes}. The weighted losses have full
-    markers."""
+    with bars of one standard error -> figure, {(beta, lr): its axes}. Full markers: the weighted losses."""
     from matplotlib.figure import Figure
 
     panels = sorted({(row["beta"], row["lr"]) for row in rows})
@@ -1399,18 +1393,17 @@ def plot(args):
         said = {name: value for name, value in row.items() if not isinstance(value, (list, type(None)))}
         say("figure 3: " + ", ".join(f"{x} {y:.4g}" if type(y) is float else f"{x} {y}" for x, y in said.items()))
 
-    files = [f"{name}.{end}" for name in (*figures, "table1") for end in ("png", "jsonl", "md")]
     if out.exists() and any(out.iterdir()) and not (out / "plot.json").exists():
         raise UserError(f"{out} is not empty, and `plot` did not make it: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     write_json(out / "plot.json", dict(runs=args.runs, log_eps=args.log_eps))
-    for name in files:  # an earlier figure would pass for one of these runs
-        (out / name).unlink(missing_ok=True)
     for name, (rows, picture) in figures.items():
         if not rows:
             reason = "no beta, lr and loss has two values of log_eps" if name == "figure5" else "no run has rows for it"
             say(f"{name} is not drawn: {reason}")
+            for end in ("png", "jsonl"):  # an earlier one would pass for one of these runs
+                (out / f"{name}.{end}").unlink(missing_ok=True)
             continue
         figure = picture()
         legend = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}  # once
