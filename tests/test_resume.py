@@ -46,7 +46,8 @@ def edit_json(path, **changes):
 def test_four_ranks(run_script, tiny_llama, data, tmp_path, script):
     """DDP orders its buckets anew after its first backward, and the sum of four ranks' gradients depends on where in a
     bucket they stand: what resumes must begin with that order too. Two ranks add the same either way."""
-    cli, model = run_script(script), tiny_llama(tmp_path / "model", seed=7, num_hidden_layers=3)
+    cli, model = run_script(script), tiny_llama(tmp_path / "model", seed=7, num_hidden_layers=3, hidden_size=96,
+                                                intermediate_size=256)  # 1.5 MB: more than DDP's first bucket
     argv = lambda out: flags(model, data, out, batch_size=10, micro_batch_size=2, epochs=5, max_steps=8, save_every=0)
     cli(*argv(tmp_path / "straight"), world=4).ok()
     assert cli(*argv(tmp_path / "run"), world=4, call=3, action=signal.SIGTERM, on_rank=2).code == 143
