@@ -1338,17 +1338,17 @@ def fingerprint(directory):
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
-def verify(directory):
-    """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's.
+def verify(directory, ours=False):
+    """Check a checkpoint of ours against its manifest; with neither that nor trainer/ it may be somebody else's.
     UserError names the first of weights and trainer/ that is not what was written; an edited text is warned of."""
     state = (directory / "trainer").exists()  # older checkpoints may have let go of it, see --keep_state
-    if not state and not (directory / "manifest.json").exists():
+    if not ours and not state and not (directory / "manifest.json").exists():
         return
     written, found = read_json(directory / "manifest.json"), file_sha256s(directory, "**/*")
     for name in sorted(written.keys() | found.keys()):
-        ours = name in written and (state or not name.startswith("trainer/"))
+        expected = name in written and (state or not name.startswith("trainer/"))
         strict = name.endswith(".safetensors") or name.startswith("trainer/")
-        if written.get(name) != found.get(name) and (ours or strict and name in found):
+        if written.get(name) != found.get(name) and (expected or strict and name in found):
             if strict or name not in found:
                 raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
                                 f" {directory} and go on from the checkpoint before")
@@ -1544,7 +1544,7 @@ def checkpoint_to_resume(out, header):
     for leftover in (*out.glob(".step_*"), out / ".final.tmp"):  # of a kill: half a checkpoint written or deleted
         shutil.rmtree(leftover, ignore_errors=True)
     if (out / "final").exists():
-        verify(out / "final")
+        verify(out / "final", ours=True)
         return out / "final"
     steps = checkpoints(out)
     if steps and not (steps[-1] / "trainer").exists():
