@@ -328,6 +328,8 @@ def main():
     # Data
     tokenizer, config, ref_config = load_tokenizer(model_dir), read_config(begin_dir), read_config(ref_dir)
     vocab_size = min(config.vocab_size, ref_config.vocab_size)
+    if args.max_length > config.max_position_embeddings:
+        say(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings} positions")
     limits = (tokenizer, vocab_size, args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
     eval_pairs = []

@@ -228,6 +228,8 @@ def main():
     # Data
     begin_dir = resumed or model_dir
     tokenizer, config = load_tokenizer(model_dir), read_config(begin_dir)
+    if args.max_length > config.max_position_embeddings:
+        say(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings} positions")
     limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
     eval_pairs = []
