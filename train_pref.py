@@ -29,6 +29,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -327,6 +328,8 @@ def main():
     # Data
     tokenizer, config, ref_config = load_tokenizer(model_dir), read_config(begin_dir), read_config(ref_dir)
     vocab_size = min(config.vocab_size, ref_config.vocab_size)
+    if args.max_length > config.max_position_embeddings:
+        say(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings} positions")
     limits = (tokenizer, vocab_size, args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
     eval_pairs = []
@@ -832,10 +835,11 @@ def apply_template(tokenizer, messages, tools, **kwargs):
     if tokenizer.chat_template is None:
         raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's"
                         " tokenizer, or data with text prompts")
-    kwargs |= dict(tokenize=False, strftime_now=TODAY.strftime)
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return tokenizer.apply_chat_template(messages, tools=tools or None, **kwargs)
+        kwargs["tools"] = (json.loads(tools or "null") if isinstance(tools, str) else tools) or None
+        template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: repr(TODAY.strftime(call[2])),
+                          tokenizer.get_chat_template(tools=kwargs["tools"]))
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
     except Exception as error:  # a template is a program: it may raise anything
         raise SkipRow(f"refused by the chat template ({' '.join(str(error).split())[:80]})") from None
 

@@ -272,13 +272,14 @@ SKIPPED = {
     "identical responses": [dict(prompt="p", chosen="a", rejected="a"),
                             dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: a\n\nAssistant: x"),
                             dict(prompt=turns("a"), chosen=turns("", "x")[1:], rejected=turns("", "x")[1:])],
+    "refused by the chat template (division by zero)": [dict(chosen=turns("BOOM", "x"), rejected=turns("BOOM", "y"))],
     "chat template does not continue the prompt": [dict(chosen=turns("STRANGE", "x"), rejected=turns("STRANGE", "y"))],
 }
 
 
 @pytest.mark.parametrize("kind", SKIPPED)
 def test_skipped_rows(kind, byte, tmp_path, monkeypatch):
-    strange = "{% if add_generation_prompt and messages[0].content == 'STRANGE' %}!{% endif %}"
+    strange = "{% if messages[0].content == 'BOOM' %}{{ 1 / 0 }}{% endif %}{% if add_generation_prompt and messages[0].content == 'STRANGE' %}!{% endif %}"
     monkeypatch.setattr(byte, "chat_template", strange + CHAT)
     rows = SKIPPED[kind]
     for row in rows:  # each alone, between two good ones and after a blank line

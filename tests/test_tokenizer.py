@@ -2,15 +2,18 @@
 
 import base64
 import copy
+import datetime
 import gzip
 import json
+import math
 import random
 
 import pytest
+import torch
 from conftest import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import train_pref
 from train_pref import (SkipRow, UserError, cut_prompt, encode, encode_after, end_response, load_tokenizer, render_chat,
@@ -460,3 +463,148 @@ def test_chat_template_that_raises(chat):
     tokenizer = chat("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(SkipRow, match="chat template"):
         render_chat(tokenizer, said("u:Hi"), said("a:Hello"))
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[0].nothing.at.all }}", "{{ 'a' + 1 }}", "{% for %}"])
+def test_chat_template_that_fails(template, chat):
+    """Whatever the program does: one kind of skipped row, which says why."""
+    with pytest.raises(SkipRow, match="refused by the chat template \\(."):
+        render_chat(chat(template), said("u:Hi"), said("a:Hello"))
+
+
+# ------------------------------------------------------------------------------------------------------ how a response ends
+# Instruct models end a turn with a stop of the template's, which need not be the tokenizer's EOS.
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+INSTRUCT = {  # template, BOS, EOS, the template's stop, its other special tokens
+    "Llama 3": (LLAMA3_TEMPLATE, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "ChatML": (CHATML, None, "<|endoftext|>", "<|im_end|>", ["<|im_start|>"]),
+}
+
+
+@pytest.fixture(params=INSTRUCT)
+def instruct(request, tmp_path):
+    """-> directory of a tokenizer, the ids of its EOS and of its template's stop."""
+    template, bos, eos, stop, others = INSTRUCT[request.param]
+    tokenizer = byte_tokenizer(tmp_path, bos_token=bos, eos_token=eos, additional_special_tokens=[stop, *others])
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path, *tokenizer.convert_tokens_to_ids([eos, stop])
+
+
+def test_the_end_is_the_templates(instruct):
+    """A conversation's response ends where transformers' rendering of it does, but for what follows the stop."""
+    directory, eos, stop = instruct
+    tokenizer = load_tokenizer(directory)
+    assert eos != stop and {eos, stop} <= stop_ids(tokenizer) and template_stop(tokenizer) == stop
+    assert_chat_is_whole(tokenizer, 272, stop)
+    for prompt, response in CHATS:
+        _, ids = tokens(tokenizer, *render_chat(tokenizer, prompt, response), vocab_size=272)
+        assert ids[-1] == stop and eos not in ids and ids.count(stop) == (len(response) + 1) // 2 + len(response) // 2
+
+
+def test_the_end_is_the_samplers(instruct):
+    """Text that a model wrote keeps the stop it ended with, whichever; EOS ends what has none. In pairs and in
+    demonstrations."""
+    import train_sft
+
+    directory, eos, stop = instruct
+    tokenizer = load_tokenizer(directory)
+    texts = {k: tokenizer.decode([k]) for k in (eos, stop)}
+    for response, end in ((" yes" + texts[stop], stop), (" yes" + texts[eos], eos), (" yes", eos)):
+        expected = [*bare(tokenizer, " yes"), end]
+        assert tokens(tokenizer, "Is it?", response, " no", vocab_size=272)[1:] == [expected, [*bare(tokenizer, " no"), eos]]
+        prompt, (completion,) = train_sft.split_example(dict(prompt="Is it?", completion=response), tokenizer)
+        assert tokens(tokenizer, prompt, completion, vocab_size=272)[1] == expected
+    assert tokens(tokenizer, "Is it?", texts[stop], vocab_size=272) == "empty response"
+
+
+def test_a_saved_model_stops_at_both(instruct, tiny_llama, tmp_path, process_group):
+    """generation_config.json of what a trainer saves: transformers' generate ends at EOS and at the template's stop."""
+    directory, eos, stop = instruct
+    source, out = tiny_llama(tmp_path / "m"), tmp_path / "final"
+    tokenizer = load_tokenizer(directory)
+    model = train_pref.build(lambda: train_pref.Llama(train_pref.read_config(source), "torch"), "cpu", "fp32")
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    (source / "generation_config.json").unlink()
+    files = train_pref.model_files(source, tokenizer)
+    train_pref.save_checkpoint(out, train_pref.load_weights(model, source), tokenizer, files, "fp32")
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert sorted(loaded.generation_config.eos_token_id) == sorted([eos, stop])
+    for end, n_new in ((eos, 3), (stop, 3), (65, 8)):  # the third token is forced
+        def force(ids, scores):
+            scores[:, :] = -math.inf
+            scores[:, end if ids.shape[1] == 3 else 66] = 0
+            return scores
+
+        ids = loaded.generate(torch.tensor([[66]]), max_new_tokens=8, do_sample=False, pad_token_id=0, logits_processor=[force])
+        assert ids.shape[1] == 1 + n_new
+
+
+# --------------------------------------------------------------------------------------------------------------------- tools
+TOOLS = [dict(type="function", function=dict(name="weather", description="The weather of a town.", parameters=dict(
+    type="object", properties=dict(town=dict(type="string")), required=["town"])))]
+TOOL_TEMPLATE = (
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}{% for m in messages %}[{{ m.role }}]"
+    "{% if m.content %}{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}")
+
+
+def calls(town, **content):
+    call = dict(type="function", function=dict(name="weather", arguments=dict(town=town)))
+    return dict(role="assistant", tool_calls=[call]) | content
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["list", "JSON"])
+@pytest.mark.parametrize("response", [
+    [calls("Bonn", content="")], [calls("Bonn", content=None)], [calls("Bonn")], [calls("Bonn", content="I look.")],
+    said("a:It is warm."),
+    [calls("Bonn", content=None), dict(role="tool", content="18 degrees"), dict(role="assistant", content="18 degrees.")]])
+def test_tools(response, as_text, chat):
+    """Of pairs and of demonstrations: what transformers renders with tools=."""
+    import train_sft
+
+    tokenizer, prompt = chat(TOOL_TEMPLATE), said("u:Is it warm in Bonn?")
+    text = lambda messages, **how: tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False, **how)
+    asked, whole = text(prompt, add_generation_prompt=True), text(prompt + response)
+    assert '"description": "The weather of a town."' in asked and whole.startswith(asked)
+    tools = json.dumps(TOOLS) if as_text else TOOLS
+    pair = dict(prompt=prompt, chosen=response, rejected=[calls("Rome", content="")], tools=tools)
+    found = train_pref.split_pair(pair, tokenizer)
+    assert found == (asked, [whole[len(asked) :], "<call>weather" + '{"town": "Rome"}</s>'])
+    ids = tokens(tokenizer, found[0], *found[1])
+    assert ids[0] + ids[1] == [BOS, *bare(tokenizer, whole)]
+    demonstration = dict(prompt=prompt, completion=response, tools=tools)
+    assert train_sft.split_example(demonstration, tokenizer) == (asked, [whole[len(asked) :]])
+
+
+def test_tools_that_are_none(chat):
+    tokenizer = chat(TOOL_TEMPLATE)
+    plain = train_pref.split_pair(dict(prompt=said("u:Hi"), chosen=said("a:A"), rejected=said("a:B")), tokenizer)
+    for tools in (None, [], "", "[]", "null"):
+        row = dict(prompt=said("u:Hi"), chosen=said("a:A"), rejected=said("a:B"), tools=tools)
+        assert train_pref.split_pair(row, tokenizer) == plain
+    with pytest.raises(SkipRow, match="refused by the chat template"):
+        train_pref.split_pair(row | dict(tools="{not JSON"), tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- dates
+@pytest.mark.parametrize("template", [
+    "{{ strftime_now('%d %b %Y') }}",
+    "{% if strftime_now is defined %}{% set d = strftime_now(\"%d %b %Y\") %}{% else %}{% set d = 'x' %}{% endif %}{{ d }}"])
+def test_a_template_that_writes_the_date(template, chat, monkeypatch):
+    """The same ids on any day: those of Llama 3.2's own default."""
+    tokenizer, found = chat(template + PLAIN), []
+    for day in ((2025, 1, 2), (2031, 12, 31)):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(*day)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+        monkeypatch.setattr(datetime, "datetime", Clock)
+        assert str(day[0]) in tokenizer.apply_chat_template(said("u:Hi"), tokenize=False)  # the clock was moved
+        found.append(render_chat(tokenizer, said("u:Hi"), said("a:Hello")))
+    assert found == [("26 Jul 2024[user]Hi\n[assistant]", "Hello</s>")] * 2
