@@ -313,7 +313,7 @@ PROTOCOL = ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "m
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Sample, label and judge: what a policy says and whether it over-optimizes.", usage=None)
+    parser = Parser(description="What a policy says, what judges make of it, whether it over-optimizes.", usage=None)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     flags = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
 
@@ -1697,10 +1697,11 @@ def apply_template(tokenizer, messages, tools, **kwargs):
     if tokenizer.chat_template is None:
         raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's"
                         " tokenizer, or data with text prompts")
-    kwargs |= dict(tokenize=False, strftime_now=TODAY.strftime)
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return tokenizer.apply_chat_template(messages, tools=tools or None, **kwargs)
+        kwargs["tools"] = (json.loads(tools or "null") if isinstance(tools, str) else tools) or None
+        template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: repr(TODAY.strftime(call[2])),
+                          tokenizer.get_chat_template(tools=kwargs["tools"]))
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
     except Exception as error:  # a template is a program: it may raise anything
         raise SkipRow(f"refused by the chat template ({' '.join(str(error).split())[:80]})") from None
 
@@ -1952,7 +1953,7 @@ class RewardModel(nn.Module):
     def forward(self, ids, positions, segments, predict, prompt=0):
         """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
         hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
-        return self.score(hidden.float())
+        return self.score(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 # --- end shared: reward ---
 
 
@@ -2002,17 +2003,17 @@ def fingerprint(directory):
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
-def verify(directory):
-    """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's.
+def verify(directory, ours=False):
+    """Check a checkpoint of ours against its manifest; with neither that nor trainer/ it may be somebody else's.
     UserError names the first of weights and trainer/ that is not what was written; an edited text is warned of."""
     state = (directory / "trainer").exists()  # older checkpoints may have let go of it, see --keep_state
-    if not state and not (directory / "manifest.json").exists():
+    if not ours and not state and not (directory / "manifest.json").exists():
         return
     written, found = read_json(directory / "manifest.json"), file_sha256s(directory, "**/*")
     for name in sorted(written.keys() | found.keys()):
-        ours = name in written and (state or not name.startswith("trainer/"))
+        expected = name in written and (state or not name.startswith("trainer/"))
         strict = name.endswith(".safetensors") or name.startswith("trainer/")
-        if written.get(name) != found.get(name) and (ours or strict and name in found):
+        if written.get(name) != found.get(name) and (expected or strict and name in found):
             if strict or name not in found:
                 raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
                                 f" {directory} and go on from the checkpoint before")

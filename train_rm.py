@@ -1170,7 +1170,7 @@ class RewardModel(nn.Module):
     def forward(self, ids, positions, segments, predict, prompt=0):
         """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
         hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
-        return self.score(hidden.float())
+        return self.score(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 # --- end shared: reward ---
 
 
