@@ -18,6 +18,7 @@ batch sizes in pairs; a step is an optimizer step.  pi: policy, ref: reference, 
 """
 
 import argparse
+import bisect
 import contextlib
 import errno
 import gzip
@@ -115,21 +116,33 @@ def length_dpo_loss(pc, pr, rc, rr, *, beta, alpha, chosen_lengths, rejected_len
 LOSS_FLAGS = {
     "dpo": {"label_smoothing"},
     "ipo": {"length_average"},
-    "is_dpo": {"label_smoothing", "log_eps"},
-    "is_ipo": {"length_average", "log_eps"},
+    "is_dpo": {"label_smoothing", "log_eps", "ess_target"},
+    "is_ipo": {"length_average", "log_eps", "ess_target"},
     "rpo": {"eta", "length_average"},
     "chi_po": {"r_max"},
     "length_dpo": {"alpha"},
 }
 
 
-def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths):
-    """-> losses (B,), weights (B,) for `--loss`. The weights are ones where the loss has none."""
+def ess_power(log_weights, *, ess_target, log_eps):
+    """-> the largest a in [0, 1] with (sum w^a)^2 / sum w^2a >= ess_target n, for the capped weights w of n pairs, of which
+    log_weights (n,) are rho_w + rho_l in nats. The left side, the effective sample size, is n at a = 0 and falls as a grows."""
+    log_weights = log_weights.double().cpu().clamp(max=2 * log_eps)
+
+    def minus_share(k):
+        weights = (k / 2**40 * (log_weights - log_weights.max())).exp()
+        return -(weights.sum() ** 2 / (weights**2).sum()).item() / len(weights)
+
+    return (bisect.bisect(range(2**40 + 1), -ess_target, key=minus_share) - 1) / 2**40
+
+
+def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, power=1.0):
+    """-> losses (B,), weights (B,) for `--loss`. The weights are ones where the loss has none; `power`: see ess_power."""
     logps = (pc, pr, rc, rr)
     lengths = dict(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     weights = torch.ones_like(pc)
     if args.loss in ("is_dpo", "is_ipo"):
-        weights = importance_weights(*logps, log_eps=args.log_eps)
+        weights = importance_weights(*logps, log_eps=args.log_eps) ** power
     if args.loss in ("dpo", "is_dpo"):
         losses = dpo_loss(*logps, beta=args.beta, label_smoothing=args.label_smoothing)
     elif args.loss in ("ipo", "is_ipo"):
@@ -150,9 +163,10 @@ def preference_metrics(args, logps, ref_logps, lengths):
     """Everything the log says of one batch, from logps, ref_logps (B, 2) in nats and lengths (B, 2) in tokens; columns are
     chosen, rejected. Names are TRL's where TRL has one; README, Metrics, defines each."""
     (pc, pr), (rc, rr) = logps.unbind(1), ref_logps.unbind(1)
-    losses, weights = preference_loss(args, pc, pr, rc, rr, *lengths.unbind(1))
     rho_w, rho_l = pc - rc, pr - rr
     log_weights = rho_w + rho_l
+    power = ess_power(log_weights, ess_target=args.ess_target, log_eps=args.log_eps) if args.ess_target else 1.0
+    losses, weights = preference_loss(args, pc, pr, rc, rr, *lengths.unbind(1), power)
     p10, p50, p90 = torch.quantile(log_weights, log_weights.new_tensor([0.1, 0.5, 0.9])).tolist()
     metrics = {
         "loss": losses.mean(),
@@ -169,7 +183,7 @@ def preference_metrics(args, logps, ref_logps, lengths):
         "weights/capped": (log_weights >= 2 * args.log_eps).float().mean(),
     }
     metrics = {name: value.item() for name, value in metrics.items()}
-    metrics |= {"weights/log_p10": p10, "weights/log_p50": p50, "weights/log_p90": p90}
+    metrics |= {"weights/power": power, "weights/log_p10": p10, "weights/log_p50": p50, "weights/log_p90": p90}
     if args.loss == "chi_po":
         logits = chi_po_logits(pc, pr, rc, rr, beta=args.beta)
         metrics["chi/clipped"] = (logits.abs() >= 2 * args.r_max).float().mean().item()
@@ -209,6 +223,8 @@ def parse_args(argv=None):
     add("--beta", type=number(above=0), help="KL strength, > 0: smaller lets the policy move further")
     add("--log_eps", type=number(infinite=True), default=1.0, help="is_*: nats each response's"
         " log-ratio may spend before the weight is capped, twice that for the pair; inf: no cap (default: %(default)s)")
+    add("--ess_target", type=number(least=0, below=1), default=0.0, help="is_*: least effective sample size of a step, as a share"
+        " of its pairs, kept by a power <= 1 of the weights; costs a forward more a step; 0: off (default: %(default)s)")
     add("--eta", type=number(least=0), default=0.005, help="rpo: weight of the chosen log-prob, times beta (default:"
         " %(default)s)")
     add("--alpha", type=number(), default=0.01, help="length_dpo: reward a token of length difference (default: %(default)s)")
@@ -526,6 +542,10 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
     ref_logps = to_device(ref_logps, device)
     lengths = to_device([[float(len(p.chosen)), float(len(p.rejected))] for p in pairs], device)
     rounds = deal([pair.n_tokens for pair in pairs], args.micro_batch_size, world)
+    power = 1.0
+    if args.ess_target:  # of the whole step, so the log-probs of all micro-batches and ranks first: a third more work, and exact
+        log_weights = (all_logps(policy, pairs, args, rank, world, device, "weights") - ref_logps.cpu()).sum(1)
+        power = ess_power(log_weights, ess_target=args.ess_target, log_eps=args.log_eps)
     for k, micro in enumerate(rounds):
         picked = micro[rank] or [0]
         last = k == len(rounds) - 1
@@ -534,7 +554,7 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
         with hold:
             batch, index = collate_pairs([pairs[i] for i in picked], args.shared_prompt, device), to_device(picked, device)
             micro_logps = policy(**batch)[0].view(-1, 2)
-            losses, _ = preference_loss(args, *micro_logps.unbind(1), *ref_logps[index].unbind(1), *lengths[index].unbind(1))
+            losses, _ = preference_loss(args, *micro_logps.unbind(1), *ref_logps[index].unbind(1), *lengths[index].unbind(1), power)
             loss = losses.sum() * (world / B)  # DDP and FSDP2 average over ranks: the sum over pairs / B remains
             (loss if micro[rank] else 0.0 * loss).backward()
         if micro[rank]:
