@@ -9,7 +9,7 @@ no real data set can offer: a preference run here can be judged by what is true 
     python toy/make.py            make all of it (about ten minutes on one CPU core) with the project's own commands
     python toy/make.py --check    make the files again in a temporary directory, all but the weights, and compare
     python toy/make.py --seed 1 --to out/toy1    other posts, writers, samples, labels and weights, elsewhere
-    python toy/make.py --seed 1 --to out/toy1 --truth_only    without what needs the golden reward model: in 2 minutes (toy/study.py)
+    python toy/make.py --seed 1 --to out/toy1 --truth_only    without what needs rm/: in 2 minutes (toy/study.py)
 
 What is made, in the order of the paper's experiment (one JSON object a line in the .gz files; no prompt stands in two of them):
 
@@ -24,12 +24,12 @@ What is made, in the order of the paper's experiment (one JSON object a line in 
     pairs.jsonl.gz          {prompt, chosen, rejected, chosen_reward, rejected_reward, chosen_truth, rejected_truth}: two samples
                             of sft/ for each of 2,048 prompts, labelled by rm/ (`evaluate.py label`)
     pairs_eval.jsonl.gz     256 more
-    truth_pairs.jsonl.gz    {prompt, chosen, rejected, chosen_truth, rejected_truth}: two samples of sft/ for each of 2,048 more
-                            prompts, labelled by the truth itself, without noise; ties are left out
+    truth_pairs.jsonl.gz    {prompt, chosen, rejected, chosen_truth, rejected_truth}: two samples of sft/ for each of 2,048
+                            more prompts, labelled by the truth itself, without noise; ties are left out
     truth_pairs_eval.jsonl.gz  256 more
 
 In rm_pairs the chosen one is drawn from the Bradley-Terry model of the two truths, as people's labels are noisy: a truth that is
-higher by 1 wins 73% of the time. truth_pairs has no such noise: the judge that labels is the one that judges, and is right. A prompt is left out if its two samples are equal, or if one is empty or has no end: a text
+higher by 1 wins 73% of the time. A prompt is left out if its two samples are equal, or if one is empty or has no end: a text
 without EOS cannot be told in this format.
 
 Same bytes everywhere: texts use only `random.Random(seed).random()`, and samples and rewards are computed in float64, where the
@@ -80,8 +80,8 @@ FACT, WRONG, AGAIN, REMARK, WORD, NO_END = 1.0, -0.75, -1.0, -0.5, -0.04, -1.0
 # --- the files: seed of the texts, prompts drawn, prompts kept ---
 SFT_FILES = {"sft.jsonl.gz": (1, 19200), "sft_eval.jsonl.gz": (2, 512)}
 PAIR_FILES = {"pairs.jsonl.gz": (3, 3072, 2048), "pairs_eval.jsonl.gz": (4, 400, 256)}  # labelled by rm/
-TRUTH_FILES = {"truth_pairs.jsonl.gz": (7, 3072, 2048), "truth_pairs_eval.jsonl.gz": (8, 400, 256)}  # labelled by it, no noise
 RM_FILES = {"rm_pairs_eval.jsonl.gz": (6, 1280, 1024), "rm_pairs.jsonl.gz": (5, 16384, 14336)}  # labelled by the truth
+TRUTH_FILES = {"truth_pairs.jsonl.gz": (7, 3072, 2048), "truth_pairs_eval.jsonl.gz": (8, 400, 256)}  # ... without noise
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -342,7 +342,8 @@ def main():
     parser.add_argument("--check", action="store_true",
                         help="write nothing; make all but the weights again and compare; exit code 1 at the first difference")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0, the toy/ that is shipped)")
-    parser.add_argument("--truth_only", action="store_true", help="leave out the golden reward model and the pairs it labels")
+    parser.add_argument("--truth_only", action="store_true",
+                        help="leave out the golden reward model and the pairs it labels")
     parser.add_argument("--to", type=Path, default=HERE, help="directory for the files (default: toy/)")
     args = parser.parse_args()
     global SEED, TO
