@@ -17,10 +17,10 @@ offline loss may.
 Decided before the first of these runs: seeds 10 to 19; dpo, is_dpo, is_dpo with --ess_target 0.5, chi_po, online; beta
 0.01; learning rates 4e-4 (chosen for DPO, see toy/study.sh) and three times that; then, with seeds 10 to 12, the other
 losses, other caps, and beta 0.1. Checkpoints after every 26 steps and at the end. Judged on 2,048 held-out prompts: win
-rate of one completion (temperature 0.7, top-p 0.95) against two of the reference (temperature 1: what the pairs are of),
-ties half, by the truth; KL(pi || ref) from samples at temperature 1 for the first 512 of them, the exact KL of each step
-summed. 512 more prompts choose: the best checkpoint of a run, and the better rate of a method. All policies of a seed
-are judged with the same random numbers.
+rate of one completion (temperature 0.7, top-p 0.95) against two of the reference (temperature 1: what the pairs are),
+ties half, by the truth; KL(pi || ref) from samples at temperature 1 for the first 512 of them, the exact KL of each
+step summed. 512 more prompts choose: the best checkpoint of a run, and the better rate of a method. All policies of a
+seed are judged with the same random numbers.
 
 A row of results/study_truth.jsonl is a checkpoint: the run (`method`, `beta`, `lr`, `seed`), `step`, and the measures,
 with standard errors over prompts (`_se`); `choice` is the win rate on the 512; `ess` (share of the step's pairs),
@@ -131,8 +131,9 @@ def judge(policy, toy):
 def train_offline(toy, method, beta, lr, seed, out):
     """A run of train_pref.py; yields (step, policy, what its log says) of each checkpoint."""
     command = [sys.executable, REPO / "train_pref.py", "--preset", "toy", *METHODS[method].split(), "--beta", beta,
-               "--lr", lr, "--seed", seed, "--model", toy.directory / "sft", "--data", toy.directory / "truth_pairs.jsonl.gz",
-               "--eval_data", "", "--micro_batch_size", BATCH, "--save_every", EVERY, "--out", out]
+               "--lr", lr, "--seed", seed, "--model", toy.directory / "sft", "--eval_data", "",
+               "--data", toy.directory / "truth_pairs.jsonl.gz", "--micro_batch_size", BATCH, "--save_every", EVERY,
+               "--out", out]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
     before = 0
@@ -305,10 +306,11 @@ def rates_table(paths, beta):
 def report(rows):
     """The tables, as Markdown."""
     paths, reference = read_paths(rows), [100 * row["win_rate"] for row in rows if row["method"] == "reference"]
-    text = ("Made by `toy/study.py report` from study_truth.jsonl. Means over seeds ± half the 95% t interval. Win rates"
-            f" in % by the truth; the reference's is {cell(reference)} ({len(reference)} seeds). Best checkpoint: of a run,"
-            " the reference among them, by 512 other prompts. Differences: of runs of one seed, in points; at a sqrt KL: of"
-            " the seeds, their number in brackets, in which both come to it. ESS share: mean over the last 24 steps.\n")
+    text = ("Made by `toy/study.py report` from study_truth.jsonl. Means over seeds ± half the 95% t interval. Win"
+            f" rates in % by the truth; the reference's is {cell(reference)} ({len(reference)} seeds). Best checkpoint:"
+            " of a run, the reference among them, by 512 other prompts. Differences: of runs of one seed, in points;"
+            " at a sqrt KL: of the seeds, their number in brackets, in which both come to it. ESS share: mean over the"
+            " last 24 steps.\n")
     for beta, lr in dict.fromkeys((beta, lr) for _, beta, lr in paths):
         here = {method: paths[method, beta, lr] for method in METHODS if (method, beta, lr) in paths}
         text += f"\n### beta {beta:g}, learning rate {lr:g}\n\n{ends_table(here)}\n{differences_table(here)}"
