@@ -391,7 +391,7 @@ def test_report_of_a_study():
     assert f"| dpo | 2 | 50.0 ± {half_width:.1f} | 1.40" in text
     assert study.cell([]) == "-" and study.cell([3.0]) == "3.0"
     made += [row("chi_po", seed, 26, 0.8, 1.0, 0.8) for seed in (10, 11)]
-    assert f"| chi_po - dpo | 2 | 30.0 ± {half_width:.1f} |" in study.report(made)
+    assert f"| chi_po - dpo | 2 | 30.0 ± {half_width:.1f} | 2 |" in study.report(made)
     study.draw_picture(made, 0.01, 4e-4)
 
 

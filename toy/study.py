@@ -284,10 +284,11 @@ def differences_table(here):
             continue
         at = [[(win_rate_at(a, d), win_rate_at(b, d)) for a, b in pairs] for d in DISTANCES]
         at = [[a - b for a, b in both if a is not None and b is not None] for both in at]
-        lines.append([f"{method} - {other}", str(len(pairs)), cell([final(a) - final(b) for a, b in pairs]),
+        ends = [final(a) - final(b) for a, b in pairs]
+        lines.append([f"{method} - {other}", str(len(pairs)), cell(ends), str(sum(end > 0 for end in ends)),
                       cell([100 * (best(a)["win_rate"] - best(b)["win_rate"]) for a, b in pairs]),
                       *(f"{cell(values)} ({len(values)})" for values in at)])
-    return table(["difference", "seeds", "final", "best checkpoint", *(f"at sqrt KL {d:g}" for d in DISTANCES)], lines)
+    return table(["difference", "seeds", "final", "seeds above 0", "best checkpoint", *(f"at sqrt KL {d:g}" for d in DISTANCES)], lines)
 
 
 def rates_table(paths, beta):
