@@ -288,7 +288,8 @@ def differences_table(here):
         lines.append([f"{method} - {other}", str(len(pairs)), cell(ends), str(sum(end > 0 for end in ends)),
                       cell([100 * (best(a)["win_rate"] - best(b)["win_rate"]) for a, b in pairs]),
                       *(f"{cell(values)} ({len(values)})" for values in at)])
-    return table(["difference", "seeds", "final", "seeds above 0", "best checkpoint", *(f"at sqrt KL {d:g}" for d in DISTANCES)], lines)
+    header = ["difference", "seeds", "final", "seeds above 0", "best checkpoint"]
+    return table(header + [f"at sqrt KL {d:g}" for d in DISTANCES], lines)
 
 
 def rates_table(paths, beta):
