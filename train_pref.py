@@ -18,6 +18,7 @@ batch sizes in pairs; a step is an optimizer step.  pi: policy, ref: reference, 
 """
 
 import argparse
+import bisect
 import ctypes
 import fcntl
 import functools
@@ -124,21 +125,34 @@ def length_dpo_loss(pc, pr, rc, rr, *, beta, alpha, chosen_lengths, rejected_len
 LOSS_FLAGS = {
     "dpo": {"label_smoothing"},
     "ipo": {"length_average"},
-    "is_dpo": {"label_smoothing", "log_eps"},
-    "is_ipo": {"length_average", "log_eps"},
+    "is_dpo": {"label_smoothing", "log_eps", "ess_target"},
+    "is_ipo": {"length_average", "log_eps", "ess_target"},
     "rpo": {"eta", "length_average"},
     "chi_po": {"r_max"},
     "length_dpo": {"alpha"},
 }
 
 
-def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths):
-    """-> losses (B,) before weighting, weights (B,), for `--loss`. The weights are ones where the loss has none."""
+def ess_power(log_weights, *, ess_target, log_eps):
+    """-> the largest a in [0, 1] with (sum w^a)^2 / sum w^2a >= ess_target n, for the capped weights w of n pairs, of
+    which log_weights (n,) are rho_w + rho_l in nats. The left side, the effective sample size, falls from n at a = 0."""
+    log_weights = log_weights.double().cpu().clamp(max=2 * log_eps)
+
+    def minus_share(k):
+        weights = (k / 2**40 * (log_weights - log_weights.max())).exp()
+        return -(weights.sum() ** 2 / (weights**2).sum()).item() / len(weights)
+
+    return (bisect.bisect(range(2**40 + 1), -ess_target, key=minus_share) - 1) / 2**40
+
+
+def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, power=1.0):
+    """-> losses (B,) before weighting, weights (B,), for `--loss`. The weights are ones where the loss has none; `power`:
+    see ess_power."""
     logps = (pc, pr, rc, rr)
     lengths = dict(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     weights = torch.ones_like(pc)
     if args.loss in ("is_dpo", "is_ipo"):
-        weights = importance_weights(*logps, log_eps=args.log_eps)
+        weights = importance_weights(*logps, log_eps=args.log_eps) ** power
     if args.loss in ("dpo", "is_dpo"):
         losses = dpo_loss(*logps, beta=args.beta, label_smoothing=args.label_smoothing)
     elif args.loss in ("ipo", "is_ipo"):
@@ -158,9 +172,11 @@ def preference_metrics(args, logps, ref_logps, lengths):
     """Everything the log says of one batch, from logps, ref_logps (B, 2) in nats and lengths (B, 2) in tokens; columns
     are chosen, rejected. Names are TRL's where TRL has one; results/README.md defines each."""
     (pc, pr), (rc, rr) = logps.unbind(1), ref_logps.unbind(1)
-    losses, weights = preference_loss(args, pc, pr, rc, rr, *lengths.unbind(1))
     rho_w, rho_l = pc - rc, pr - rr
-    log_weights = rho_w + rho_l
+    log_weights, power = rho_w + rho_l, 1.0
+    if args.ess_target:
+        power = ess_power(log_weights, ess_target=args.ess_target, log_eps=args.log_eps)
+    losses, weights = preference_loss(args, pc, pr, rc, rr, *lengths.unbind(1), power)
     p10, p50, p90 = torch.quantile(log_weights, log_weights.new_tensor([0.1, 0.5, 0.9]))
     metrics = {
         "loss": (weights * losses).mean(),
@@ -176,6 +192,7 @@ def preference_metrics(args, logps, ref_logps, lengths):
         "weights/mean": weights.mean(),
         "weights/ess": weights.sum() ** 2 / (weights**2).sum(),
         "weights/capped": (log_weights >= 2 * args.log_eps).float().mean(),
+        "weights/power": torch.tensor(power),
         "weights/log_p10": p10,
         "weights/log_p50": p50,
         "weights/log_p90": p90,
@@ -216,6 +233,8 @@ def parse_args(argv=None):
     add("--beta", type=float, help="KL strength, > 0: smaller lets the policy move further")
     add("--log_eps", type=float, default=1.0, help="is_*: nats each response's log-ratio may spend before the weight is"
         " capped, twice that for the pair; inf: no cap")
+    add("--ess_target", type=float, default=0.0, help="is_*: least effective sample size of a step, as a share of its"
+        " pairs, kept by a power <= 1 of the weights; costs a forward more a step; 0: off")
     add("--eta", type=float, default=0.005, help="rpo: weight of the chosen log-prob, times beta")
     add("--alpha", type=float, default=0.01, help="length_dpo: reward a token of length difference")
     add("--r_max", type=float, default=10.0, help="chi_po: R, the logits are clipped to +-2R")
@@ -227,6 +246,8 @@ def parse_args(argv=None):
     add("--kernel", choices=["auto", "triton", "torch"], default="auto", help="log-prob kernel; auto: triton on a GPU")
     common_flags(parser)
     args = parse_with_preset(parser, PRESETS, argv, positive={"beta", "r_max"}, signed={"alpha", "log_eps"})
+    if args.ess_target >= 1:
+        parser.error(f"--ess_target {args.ess_target}: must be below 1")
     if args.label_smoothing >= 0.5 or not math.isfinite(args.alpha) or not args.log_eps > -math.inf:
         parser.error(f"--label_smoothing {args.label_smoothing} must be in [0, 0.5), --alpha {args.alpha} finite,"
                      f" --log_eps {args.log_eps} a number or inf")
@@ -290,7 +311,10 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
     B = len(pairs)
     logps, ref_logps = torch.zeros(B, 2, device=device), to_device(ref_logps, device)
     lengths = to_device([[float(len(p.chosen)), float(len(p.rejected))] for p in pairs], device)
-    rounds = deal([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
+    rounds, power = deal([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world), 1.0
+    if args.ess_target:  # the log-ratios of the whole step first, by the same micro-batches: a forward more, and exact
+        log_weights = (all_logps(policy, pairs, args, rank, world, device) - ref_logps.cpu()).sum(1)
+        power = ess_power(log_weights, ess_target=args.ess_target, log_eps=args.log_eps)
     for k, micro in enumerate(rounds):
         picked = micro[rank] or [0]  # an idle rank computes pair 0, times 0, so that collectives match
         # DDP sums the ranks' gradients once, with the last micro-batch; FSDP2 each time, as it keeps only its shard.
@@ -299,7 +323,7 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
         index = to_device(picked, device)
         micro_logps = policy(**batch)[0].view(-1, 2)
         columns = (*micro_logps.unbind(1), *ref_logps[index].unbind(1), *lengths[index].unbind(1))
-        losses, weights = preference_loss(args, *columns)
+        losses, weights = preference_loss(args, *columns, power)
         loss = (weights * losses).sum() * (world / B)  # DDP and FSDP2 average over ranks: the sum / B remains
         (loss if micro[rank] else 0.0 * loss).backward()
         if micro[rank]:
