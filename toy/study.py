@@ -88,9 +88,14 @@ def load_toy(directory, seed):
             used.add(prompt)
             held_out.append(prompt)
     toy = SimpleNamespace(directory=directory, ref=ref, tokenizer=tokenizer, prompts=held_out)
-    toy.ids = ev.encode(tokenizer, held_out, len(make.WORDS))
+    toy.ids = prompt_ids(tokenizer, held_out)
     toy.references = score(toy, held_out, draw(ref, toy.ids, 2, 1.0, 1.0, "references"))
     return toy
+
+
+def prompt_ids(tokenizer, texts):
+    """Ids of prompts, with the BOS that they begin with in training."""
+    return [[tokenizer.bos_token_id, *ids] for ids in ev.encode(tokenizer, texts, len(make.WORDS))]
 
 
 def draw(policy, ids, k, temperature, top_p, seed):
@@ -161,7 +166,7 @@ def train_online(toy, beta, lr, seed):
     policy = ev.load_model(str(toy.directory / "sft"), ev.CausalLM, "fp32", CPU)[0]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
     texts = [json.loads(line)["prompt"] for line in gzip.open(toy.directory / "truth_pairs.jsonl.gz")]
-    ids = ev.encode(toy.tokenizer, texts, len(make.WORDS))
+    ids = prompt_ids(toy.tokenizer, texts)
     for step in range(1, STEPS + 1):
         epoch, k = divmod(step - 1, len(texts) // BATCH)
         picked = epoch_order(len(texts), seed, epoch)[k * BATCH : (k + 1) * BATCH]
