@@ -135,7 +135,7 @@ LOSS_FLAGS = {
 
 def ess_power(log_weights, *, ess_target, log_eps):
     """-> the largest a in [0, 1] with (sum w^a)^2 / sum w^2a >= ess_target n, for the capped weights w of n pairs, of
-    which log_weights (n,) are rho_w + rho_l in nats. The left side, the effective sample size, falls from n at a = 0."""
+    which log_weights (n,) are rho_w + rho_l in nats. The left side, the effective sample size, falls from a = 0 on."""
     log_weights = log_weights.double().cpu().clamp(max=2 * log_eps)
 
     def minus_share(k):
@@ -146,8 +146,8 @@ def ess_power(log_weights, *, ess_target, log_eps):
 
 
 def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, power=1.0):
-    """-> losses (B,) before weighting, weights (B,), for `--loss`. The weights are ones where the loss has none; `power`:
-    see ess_power."""
+    """-> losses (B,) before weighting, weights (B,), for `--loss`. The weights are ones where the loss has none; for
+    `power` see ess_power."""
     logps = (pc, pr, rc, rr)
     lengths = dict(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     weights = torch.ones_like(pc)

@@ -104,14 +104,14 @@ def draw(policy, ids, k, temperature, top_p, seed):
     for start in range(0, len(ids), 512):
         part = ids[start : start + 512]
         uniform = torch.stack([ev.uniform_numbers(prompt, k, MAX_NEW_TOKENS, seed) for prompt in part])
-        said += ev.generate(policy, part, uniform, temperature, top_p, [EOS], CPU)
+        said += ev.generate(policy, part, uniform, temperature, top_p, [EOS])
     return said
 
 
 def score(toy, prompts, said):
     """The truth of completions (ids [n][k]) of prompts (texts) -> points (n, k), float64."""
     texts = [[ev.completion_text(y, [EOS], toy.tokenizer) for y in ys] for ys in said]
-    points = [[make.truth(prompt, text, ended) for text, ended in both] for prompt, both in zip(prompts, texts)]
+    points = [[make.truth(prompt, text, stop is not None) for text, stop in ys] for prompt, ys in zip(prompts, texts)]
     return torch.tensor(points, dtype=torch.float64)
 
 
@@ -122,7 +122,7 @@ def judge(policy, toy):
     shares = ev.win_shares(points, toy.references)
     drawn = draw(policy, toy.ids[:KL], 1, 1.0, 1.0, "KL")
     measures = dict(win_rate=shares[:JUDGED], truth=points[:JUDGED, 0],
-                    kl=ev.divergences(policy, toy.ref, toy.ids[:KL], drawn, CPU)[:, 0],
+                    kl=ev.divergences(policy, toy.ref, toy.ids[:KL], drawn)[:, 0],
                     length=torch.tensor([float(len(ys[0])) for ys in said[:JUDGED]]))
     row = {}
     for name, values in measures.items():
@@ -188,7 +188,7 @@ def train_online(toy, beta, lr, seed):
 
 
 def run(out, seeds):
-    torch.set_num_threads(1)  # small models are fastest so
+    ev.start(0, 60, 1)
     done = {(row["method"], row["beta"], row["lr"], row["seed"]) for row in read_rows()}
     references = [("reference", None, None, seed) for seed in seeds]
     for method, beta, lr, seed in references + [planned for planned in PLAN if planned[3] in seeds]:
