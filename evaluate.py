@@ -10,8 +10,8 @@
 `torchrun --nproc_per_node=4 evaluate.py sample ...` divides the prompts among ranks; so do label, golden and bench.
 Everything is JSON lines, and every command goes on where it was stopped. The protocol is Appendix C and D of the IS-DAA
 paper: win rate over all combinations of sampled completions (temperature 0.7, top-p 0.95) and reference responses, as
-the golden reward model sees them; KL(policy || ref) of completions sampled at temperature 1 from the whole distribution,
-the only ones whose KL it is.
+the golden reward model sees them; KL(policy || ref) of completions sampled at temperature 1 from all tokens, the only
+ones whose KL it is.
 
 Units: rewards in nats of log-odds; KL in nats a response; lengths in tokens (the stop counted); n in prompts, k in
 completions a prompt. A response ends with its stop: the token, EOS or what the chat template ends a turn with, that the
@@ -75,9 +75,9 @@ def mean_and_error(values):
 
 def step_kl(policy_logits, ref_logits):
     """sum_v pi(v) (log pi(v) - log ref(v)) of each row of logits (N, V) -> (N,). Summed over the steps of a response
-    drawn from pi it estimates KL(pi || ref) without bias, is never negative, and varies less than log pi(y) - log ref(y),
-    which has the same mean (Rao-Blackwell; Amini et al. 2025). The paper's Appendix C prints log r + (r - 1), r = pi/ref:
-    its mean is KL + chi^2."""
+    drawn from pi it estimates KL(pi || ref) without bias, is never negative, and varies less than log pi(y) - log
+    ref(y), which has the same mean (Rao-Blackwell; Amini et al. 2025). The paper's Appendix C prints log r + (r - 1), r
+    = pi/ref: its mean is KL + chi^2."""
     policy, ref = policy_logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return (policy.exp() * (policy - ref)).sum(-1)
 
@@ -101,8 +101,8 @@ class CausalLM(nn.Module):
 
 
 class Cache:
-    """Keys and values (2, B, K, capacity, head_dim) a layer, and segments (B, capacity; -1: padding), of B rows of tokens,
-    the first `length` of which are there."""
+    """Keys and values (2, B, K, capacity, head_dim) a layer, and segments (B, capacity; -1: padding), of B rows of
+    tokens, the first `length` of which are there."""
 
     def __init__(self, c, batch, capacity, dtype, device):
         shape = (2, batch, c.num_key_value_heads, capacity, c.head_dim)
@@ -140,8 +140,9 @@ def uniform_numbers(prompt, k, n, seed):
 
 
 def next_tokens(logits, uniform, temperature, top_p):
-    """One token id for each row of logits (N, V), the inverse of the cumulative distribution at uniform (N,). Temperature
-    0 takes the likeliest. top_p keeps the fewest likeliest tokens that have that mass together (Holtzman et al. 2020)."""
+    """One token id for each row of logits (N, V), the inverse of the cumulative distribution at uniform (N,).
+    Temperature 0 takes the likeliest. top_p keeps the fewest likeliest tokens that have that mass together (Holtzman et
+    al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits.double() / temperature).softmax(-1), None
@@ -162,12 +163,12 @@ def generate(policy, prompts, uniform, temperature, top_p, stops):
     """k completions of each of B prompts (lists of ids) -> ids [B][k], each with its stop token if it came to one.
 
     uniform (B, k, n): the random numbers; n tokens at most. A row of the cache holds [prompt | first tokens of the k
-    completions | their second tokens | ...]: the prompt is computed and kept once, and segments keep the completions from
-    seeing each other."""
+    completions | their second tokens | ...]: the prompt is computed and kept once, and segments keep the completions
+    from seeing each other."""
     (B, k, n), device = uniform.shape, device_of(policy)
     uniform = uniform.to(device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    rows = [(list(prompt), list(range(len(prompt))), [0] * len(prompt)) for prompt in prompts]
+    rows, _ = response_rows(prompts, [[]] * B)
     batch = batch_tensors(rows, [(b, len(prompt) - 1) for b, prompt in enumerate(prompts)], device)
     cache = Cache(policy.config, B, batch["ids"].shape[1] + k * n, policy.model.dtype, device)
     hidden = cached_forward(policy.model, batch["ids"], batch["positions"], batch["segments"], cache)  # (B, P, D)
@@ -194,8 +195,8 @@ def generate(policy, prompts, uniform, temperature, top_p, stops):
 
 
 def in_rounds(lengths, size, desc):
-    """Yield this rank's share, a list of indices, of each round of about `size` examples a rank, longest first. The same
-    number of rounds on every rank."""
+    """Yield this rank's share, a list of indices, of each round of about `size` examples a rank, longest first. The
+    same number of rounds on every rank."""
     rank = dist.get_rank()
     rounds = deal(lengths, max(1, size), dist.get_world_size()) if lengths else []
     for micro in tqdm(rounds, desc=desc, disable=rank > 0 or not sys.stderr.isatty(), leave=False):
@@ -203,7 +204,8 @@ def in_rounds(lengths, size, desc):
 
 
 def completions(policy, prompts, args, k, temperature, top_p, stops, desc):
-    """Generate for all prompts (ids); yield [(index of the prompt, ids of its k completions)] a round, on every rank."""
+    """Generate for all prompts (ids); yield [(index of the prompt, ids of its k completions)] a round, on every
+    rank."""
     for mine in in_rounds([len(prompt) for prompt in prompts], args.batch_size // k, desc):
         ids, everyones = [], [None] * dist.get_world_size()
         if mine:
@@ -230,8 +232,8 @@ def response_rows(prompts, responses):
 
 
 def in_batches(compute, prompts, responses, columns, batch_size, desc):
-    """compute(prompts, responses) -> (responses, columns) on batches of about batch_size responses, divided among ranks ->
-    a float64 CPU tensor (number of responses of the prompt, columns) a prompt, on every rank."""
+    """compute(prompts, responses) -> (responses, columns) on batches of about batch_size responses, divided among ranks
+    -> a float64 CPU tensor (number of responses of the prompt, columns) a prompt, on every rank."""
     counts = [len(ys) for ys in responses]
     ends = list(itertools.accumulate(counts))
     results = torch.zeros(sum(counts), columns, dtype=torch.float64)
@@ -253,8 +255,8 @@ def rewards(reward_model, prompts, responses):
 
 
 def score(reward_model, prompts, responses, args, known, desc):
-    """Rewards of responses (ids, [n][k]), a float64 vector a prompt. Each different (prompt, response) is computed once and
-    noted in `known`: in another batch its last bits would differ, and equal responses would not tie."""
+    """Rewards of responses (ids, [n][k]), a float64 vector a prompt. Each different (prompt, response) is computed once
+    and noted in `known`: in another batch its last bits would differ, and equal responses would not tie."""
     names = [[(tuple(prompt), tuple(y)) for y in ys] for prompt, ys in zip(prompts, responses)]
     wanted = {}  # prompt: its responses that are not known
     for x, y in itertools.chain.from_iterable(names):
@@ -269,8 +271,9 @@ def score(reward_model, prompts, responses, args, known, desc):
 
 @torch.no_grad()
 def divergences(policy, ref, prompts, responses):
-    """Of each response in turn: the sum over its steps of the exact KL(pi || ref) of the next token, and log pi(y) - log
-    ref(y), k1 -> (S, 2), nats. Both estimate KL(pi || ref) if the responses are drawn from pi at temperature 1, top-p 1."""
+    """Of each response in turn: the sum over its steps of the exact KL(pi || ref) of the next token, and log pi(y) -
+    log ref(y), k1 -> (S, 2), nats. Both estimate KL(pi || ref) if the responses are drawn from pi at temperature 1,
+    top-p 1."""
     rows, places = response_rows(prompts, responses)
     predict = [(row, start + t - 1 if t else len(prompts[row]) - 1) for row, start, y in places for t in range(len(y))]
     batch = batch_tensors(rows, predict, device_of(policy), targets=[token for *_, y in places for token in y])
@@ -305,15 +308,12 @@ RECIPES = {
 COMMANDS = dict(sample="completions of a policy", label="a reward model's preferences among completions",
                 golden="win rate, KL and reward of every checkpoint of runs", plot="figures 3 to 6 and Table 1",
                 judge="verdicts of a judge behind an API", bench="answers for AlpacaEval 2 or MT-Bench")
-NEEDED = dict(sample=["model", "data"], label=["rm"], golden=["rm", "ref", "data"])
-POSITIVE = ("n", "k", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "batch_size", "timeout",
-            "concurrency", "request_timeout")
 FREE = ("out", "batch_size", "timeout", "threads", "concurrency", "request_timeout", "retries")  # change no result
 PROTOCOL = ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "seed", "precision")
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Sample, label and judge: what a policy says and whether it over-optimizes.", usage=None)
+    parser = Parser(description="What a policy says, what judges make of it, whether it over-optimizes.", usage=None)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     flags = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
 
@@ -321,71 +321,68 @@ def parse_args(argv=None):
         for name in names.split():
             flags[name].add_argument(flag, **how)
 
-    add("golden plot", "runs", nargs="+", metavar="RUN", help="--out of train_pref.py; plot: that golden has evaluated")
+    add("golden plot", "runs", nargs="+", metavar="RUN", help="--out of train_pref.py; plot: evaluated by golden")
     add("sample", "--model", help="policy: model directory or Hub id; with --api the server's name of it (preset)")
     add("bench", "--model", required=True, help="policy: model directory or Hub id")
     add("label golden", "--rm", help="reward model: what train_rm.py wrote, or a Hub id (preset)")
     add("golden", "--ref", help="reference policy, for the KL and as step 0: model directory or Hub id (preset)")
-    add("sample golden", "--data", help="prompts and their reference responses: a file, recipe or Hub id (preset)")
+    add("sample golden", "--data", help="prompts and reference responses: a file, recipe or Hub id (preset)")
     add("label", "--samples", required=True, help="what `sample` wrote")
     add("bench", "--suite", choices=["alpaca_eval", "mt_bench"], required=True, help="whose questions and format")
-    add("bench", "--questions", required=True, help="mt_bench: FastChat's question.jsonl; alpaca_eval: alpaca_eval.json")
-    add("sample label judge bench", "--out", required=True, help=".jsonl (alpaca_eval: .json); run again with it to go on;"
-        " judge: a ledger of all verdicts, of which a deleted line is asked again")
+    add("bench", "--questions", required=True, help="FastChat's question.jsonl, or alpaca_eval.json")
+    add("sample label bench", "--out", required=True, help=".jsonl (alpaca_eval: .json); run again with it to go on")
     add("plot", "--out", default="figs", help="directory of figures, their rows and the table")
-    add("plot", "--log_eps", type=float, default=1.0, help="weighted losses: runs with this cap (nats; inf: none) are in"
-        " figures 3, 4 and 6")
-    group = flags["judge"].add_mutually_exclusive_group(required=True)
-    group.add_argument("--samples", help="compare these completions, which `sample` wrote ...")
+    add("plot", "--log_eps", type=float, default=1.0, help="cap of weighted runs in figures 3, 4, 6, nats; inf: none")
+    add("judge", "--samples", help="compare these completions, which `sample` wrote ...")
     add("judge", "--against", help="... with those of the same prompt in this file (None: with the first reference)")
-    group.add_argument("--answers", help="or grade these, which `bench --suite mt_bench` or FastChat wrote, ...")
-    add("judge", "--mt_bench", default="", metavar="DIR", help="... by FastChat's folder fastchat/llm_judge/data")
+    add("judge", "--answers", help="or grade these, which `bench --suite mt_bench` or FastChat wrote, ...")
+    add("judge", "--mt_bench", metavar="DIR", help="... by what is in FastChat's fastchat/llm_judge/data")
     add("judge", "--judge", required=True, metavar="MODEL", help="the server's name of the judge, such as gpt-4o-mini")
+    add("judge", "--out", required=True, help="ledger of verdicts, .jsonl; a line that is deleted is asked again")
     for name in ("sample", "judge"):
         add(name, "--api", metavar="URL", required=name == "judge", help="OpenAI-compatible server, such as"
-            " https://api.openai.com/v1 or http://localhost:8000/v1; the key comes from OPENAI_API_KEY")
-        add(name, "--concurrency", type=int, default=8, help="requests at a time")
-        add(name, "--request_timeout", type=int, default=120, help="seconds")
-        add(name, "--retries", type=int, default=8, help="of a request, after 429, 5xx, a time-out or a lost connection")
+            " http://localhost:8000/v1; the key comes from OPENAI_API_KEY")
+    add("sample judge", "--concurrency", type=int, default=8, help="requests at a time")
+    add("sample judge", "--request_timeout", type=int, default=120, help="seconds")
+    add("sample judge", "--retries", type=int, default=8, help="of a request after 429, 5xx, a time-out, no connection")
     add("golden", "--keep_samples", action="store_true", help="write what was said to RUN/golden_samples/")
-    add("label", "--pairs", choices=["best_worst", "all"], default="best_worst", help="which of k completions make pairs:"
-        " those of the highest and lowest reward, or every two")
-    add("label", "--noise", choices=["none", "bt"], default="none", help="none: the higher reward is chosen; bt: with"
-        " probability sigmoid(difference), as people would")
+    add("label", "--noise", choices=["none", "bt"], default="none", help="none: the better one is chosen; bt: with"
+        " probability sigmoid(difference of rewards), as people would")
     add("bench", "--name", help="what the answers call the model (None: --model)")
     add("bench", "--template", choices=["chat", "hh"], default="chat", help="the tokenizer's, or HH's plain dialogue")
     add("sample golden", "--n", type=int, help="prompts: the first n different ones (preset)")
     add("sample golden", "--k", type=int, default=2, help="completions a prompt")
-    for name, temperature, top_p in (("sample golden", 0.7, 0.95), ("bench", None, 1.0)):
-        add(name, "--temperature", type=float, default=temperature, help="0: the likeliest token always; golden's KL has"
-            " 1, bench by default mt_bench's own by category, else 0.7")
-        add(name, "--top_p", type=float, default=top_p, help="mass of the likeliest tokens kept; golden's KL has 1: all")
+    add("sample golden", "--temperature", type=float, default=0.7, help="0: the likeliest token; golden's KL has 1")
+    add("bench", "--temperature", type=float, help="0: the likeliest token (None: mt_bench's by category, else 0.7)")
+    add("sample golden", "--top_p", type=float, default=0.95, help="mass of the likeliest tokens; golden's KL has 1")
+    add("bench", "--top_p", type=float, default=1.0, help="mass of the likeliest tokens kept")
     add("sample golden", "--max_new_tokens", type=int, help="tokens of a completion at most (preset)")
     add("bench", "--max_new_tokens", type=int, default=1024, help="tokens of an answer at most")
     add("label golden", "--max_length", type=int, help="tokens of prompt + response that are scored (preset)")
-    torch_commands = "sample label golden bench"
-    add(torch_commands, "--preset", choices=list(PRESETS), help="a set of defaults; a flag given wins (None: toy, or"
-        " paper if a model or data is given)")
-    add(torch_commands, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end (preset)")
-    add(torch_commands, "--batch_size", type=int, default=64, help="completions a rank at a time: lower it when memory"
-        " runs out")
-    add(torch_commands, "--precision", choices=["bf16", "fp32", "fp64"], default="bf16" if torch.cuda.is_available()
-        else "fp32", help="of weights and products; fp64: the same samples on any machine, slowly")
-    add(torch_commands, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
-    add(torch_commands, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
-    add(torch_commands + " judge", "--seed", type=int, default=0, help="of all that is drawn; judge: of who is A")
+    models = "sample label golden bench"
+    add(models, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end (preset)")
+    add(models, "--batch_size", type=int, default=64, help="completions a rank at a time: less takes less memory")
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    add(models, "--precision", choices=["bf16", "fp32", "fp64"], default=precision, help="of weights, products; fp64:"
+        " the same samples on any machine, slowly")
+    add(models, "--preset", choices=list(PRESETS), help="defaults (None: toy, or paper if a model or data is given)")
+    add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
+    add(models, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
+    add(models + " judge", "--seed", type=int, default=0, help="of all that is drawn; judge: of who is A")
 
     args = parser.parse_args(argv)
     given = vars(args)
     if "preset" in given:
         args.preset = args.preset or ("paper" if any(given.get(x) for x in ("model", "ref", "rm", "data")) else "toy")
         given.update({x: value for x, value in PRESETS[args.preset].items() if x in given and given[x] is None})
-    for flag in NEEDED.get(args.command, ()):
-        if not given[flag]:
+    needed = ["answers", "mt_bench"] if given.get("answers") or given.get("mt_bench") else ["samples"]
+    for flag in needed if args.command == "judge" else ("model", "ref", "rm", "data"):
+        if flag in given and not given[flag]:
             parser.error(f"--{flag} is missing")
-    if args.command == "judge" and bool(args.answers) != bool(args.mt_bench):
-        parser.error("--answers and --mt_bench go together")
-    check_ranges(parser, args, POSITIVE, ("log_eps",))
+    if given.get("samples") and given.get("answers"):
+        parser.error("--samples or --answers, not both")
+    check_ranges(parser, args, ("n", "k", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "batch_size",
+                                "timeout", "concurrency", "request_timeout"), ("log_eps",))
     if given.get("top_p", 1) > 1:
         parser.error(f"--top_p {args.top_p}: must be at most 1")
     if "max_length" in given and args.max_prompt_length >= args.max_length:
@@ -405,8 +402,8 @@ class Prompt:
 
 
 def load_prompts(args, tokenizer, vocab_size):
-    """The first args.n different prompts of args.data. tokenizer None: no ids, and conversations stay lists of messages.
-    Rows of one prompt are one: their responses are all references. Raises UserError."""
+    """The first args.n different prompts of args.data. tokenizer None: no ids, and conversations stay lists of
+    messages. Rows of one prompt are one: their responses are all references. Raises UserError."""
     n_rows, found, skipped, cut = 0, {}, {}, {}
     for n_rows, (where, row) in enumerate(read_rows(args.data, True, RECIPES), 1):
         try:
@@ -463,27 +460,29 @@ def stop_texts(tokenizer):
 
 
 def completion_text(ids, stops, tokenizer):
-    """-> the text, and the text of the stop that it came to, or None. Other special tokens stay to be seen."""
+    """-> the text, the text of the stop that it came to or None, number of tokens. Other special tokens stay to be
+    seen."""
     how, ended = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False), ids[-1] in stops
-    return tokenizer.decode(ids[:-1] if ended else ids, **how), tokenizer.decode(ids[-1:], **how) if ended else None
+    text = tokenizer.decode(ids[:-1] if ended else ids, **how)
+    return text, tokenizer.decode(ids[-1:], **how) if ended else None, len(ids)
 
 
 def scored_ids(tokenizer, prompt, responses, vocab_size, args):
-    """A prompt (text or messages) and the (text, stop) of its responses -> their ids, as train_rm.py makes them of a pair:
-    cut alike, each with its stop if it came to one (EOS for one that this tokenizer does not know); an empty response
-    is a stop alone. Raises SkipRow."""
+    """A prompt (text or messages) and the (text, stop) of its responses -> their ids, as train_rm.py makes them of a
+    pair: cut alike, each with its stop if it came to one (EOS for one that this tokenizer does not know); an empty
+    response is a stop alone. Raises SkipRow."""
     end, known = tokenizer.eos_token_id, stop_texts(tokenizer)
     if isinstance(prompt, list):
         prompt, end = apply_template(tokenizer, prompt, None, add_generation_prompt=True), template_stop(tokenizer)
-    x, texts = prompt_ids(prompt, tokenizer, vocab_size, args, {}, ""), [text for text, _ in responses]
+    x, texts = prompt_ids(prompt, tokenizer, vocab_size, args, {}, ""), [text for text, *_ in responses]
     ys = encode_after(tokenizer, [prompt] * len(texts), texts, vocab_size)
-    ys = [y if text and stop is None else y + [known.get(stop, end)] for y, (text, stop) in zip(ys, responses)]
+    ys = [y if text and stop is None else y + [known.get(stop, end)] for y, (text, stop, *_) in zip(ys, responses)]
     return x, [y[: args.max_length - len(x)] for y in ys]
 
 
 def load_model(name, make, precision, device):
-    """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products, but for
-    a reward model's head, which is float32 as in training."""
+    """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products, but
+    for a reward model's head, which is float32 as in training."""
     directory = find_model(name)
     model = load_weights(build(lambda: make(read_config(directory)), device, precision), directory)
     model.model.to(model.model.dtype)
@@ -502,9 +501,9 @@ def sampling_stops(directory, tokenizer):
 
 # ------------------------------------------------------------------------------------- files that a second run extends
 def resume_rows(out, about, made=None):
-    """The rows that stand in the .jsonl file `out`, of which the file `made` is made at the end. OUT.about.json says how:
-    a second run must be told the same (but for the flags FREE) and goes on; any other is a UserError that lists the
-    differences, and so is a file that stands there without it."""
+    """The rows that stand in the .jsonl file `out`, of which the file `made` is made at the end. OUT.about.json says
+    how: a second run must be told the same (but for the flags FREE) and goes on; any other is a UserError that lists
+    the differences, and so is a file that stands there without it."""
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: the name must end in .jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -527,15 +526,15 @@ def resume_rows(out, about, made=None):
 
 
 def held_rows(path, fields, key):
-    """The rows that stand in a .jsonl file of ours. A line that a kill cut in two is dropped, and of rows that agree in the
-    fields `key` the first is kept. Raises UserError, leaving it as it is, for a file of somebody else's."""
+    """The rows that stand in a .jsonl file of ours. A line that a kill cut in two is dropped, and of rows that agree in
+    the fields `key` the first is kept. Raises UserError, leaving it as it is, for a file of somebody else's."""
     text, begins = path.read_bytes() if path.exists() else b"", f'{{"{fields[0]}": '.encode()
     if not begins.startswith(text[: len(begins)]):
         raise UserError(f"{path}:1: not a row of ours: give --out a file of its own")
     lines, rows = whole_lines(path) if text else [], {}
     for where, row in lines:
         if not {*fields} <= row.keys():
-            raise UserError(f"{where}: not a row of ours: it lacks one of {', '.join(fields)}: mend or delete that line")
+            raise UserError(f"{where}: not a row of ours, which has {', '.join(fields)}: mend or delete it")
         rows.setdefault(tuple(row[field] for field in key), row)
     if len(rows) < len(lines):
         say(f"{path}: {len(lines) - len(rows)} rows stood there twice: the first of each is kept")
@@ -587,8 +586,8 @@ def sample(args):
         policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
         stops, vocab_size = sampling_stops(directory, tokenizer), policy.config.vocab_size
     prompts = load_prompts(args, tokenizer, vocab_size)
-    of = dict(prompts=prompts_sha256(prompts)) | (dict(api=args.api) if args.api else dict(policy=fingerprint(directory)))
-    about = dict(args=vars(args), of=of)
+    of = dict(api=args.api) if args.api else dict(policy=fingerprint(directory))
+    about = dict(args=vars(args), of=of | dict(prompts=prompts_sha256(prompts)))
     rows = on_rank_0(lambda: resume_rows(out, about))
     done = {row["index"] for row in rows}
     todo = [prompt for prompt in prompts if prompt.index not in done]
@@ -600,14 +599,11 @@ def sample(args):
     if args.api:
         api_completions(todo, args, lambda prompt, answers: keep([sample_row(prompt, answers)]))
     else:
-        ids, how = [prompt.ids for prompt in todo], (args.k, args.temperature, args.top_p, stops, "sampling")
-        for found in completions(policy, ids, args, *how):
-            keep([sample_row(todo[i], [(*completion_text(y, stops, tokenizer), len(y)) for y in ys]) for i, ys in found])
-    lengths = [n for row in rows for n in row["n_tokens"] if n is not None]
-    summary = dict(prompts=len(rows), completions=args.k * len(rows),
-                   ended=sum(stop is not None for row in rows for stop in row["stops"]),
-                   empty=sum(not text.strip() for row in rows for text in row["completions"]),
-                   mean_tokens=sum(lengths) / len(lengths) if lengths else None)
+        how = args.k, args.temperature, args.top_p, stops, "sampling"
+        for found in completions(policy, [prompt.ids for prompt in todo], args, *how):
+            keep([sample_row(todo[i], [completion_text(y, stops, tokenizer) for y in ys]) for i, ys in found])
+    texts, ends = (list(itertools.chain.from_iterable(row[name] for row in rows)) for name in ("completions", "stops"))
+    summary = dict(prompts=len(rows), completions=len(texts), ended=len(ends) - ends.count(None), empty=texts.count(""))
     on_rank_0(lambda: finish_rows(out, rows, about, summary))
     say(f"{out}{'' if todo else ' is complete'}: {json.dumps(summary)}")
 
@@ -625,9 +621,10 @@ def prompts_sha256(prompts):
 
 
 def label(args):
-    """Preference pairs among sampled completions, as a reward model sees them. Rewards are in OUT.scores.jsonl first."""
+    """Preference pairs among sampled completions, as a reward model sees them. Rewards are in OUT.scores.jsonl
+    first."""
     _, _, device = start(args.seed, args.timeout, args.threads)
-    out, known, todo, skipped, left_out = Path(args.out), {}, [], {}, {}
+    out, known, todo, skipped = Path(args.out), {}, [], {}
     scores_file = out.with_suffix(".scores.jsonl")
     reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device)
     samples, vocab_size = read_samples(args.samples), reward_model.model.embed_tokens.num_embeddings
@@ -644,32 +641,34 @@ def label(args):
     for k in range(0, len(todo), 1024):
         indices, prompts, responses = zip(*todo[k : k + 1024])
         found = score(reward_model, prompts, responses, args, known, f"scoring {k} of {len(todo)}")
-        fresh = [dict(index=index, rewards=values.tolist()) for index, values in zip(indices, found)]
+        # To 9 decimals: what follows depends on the batch, also in fp64.
+        fresh = [dict(index=index, rewards=values.round(decimals=9).tolist()) for index, values in zip(indices, found)]
         append_rows(scores_file, fresh)
         scores += fresh
-    pairs = []
-    for row in sorted(scores, key=lambda row: row["index"]):
-        where, said = samples[row["index"]]
-        pairs += choose_pairs(said, row["rewards"], tokenizer.eos_token, args, lambda kind: count(left_out, kind, where))
-    summary = f"{args.samples}: {len(pairs)} pairs of {len(samples)} prompts; skipped: {counted(skipped)}; left out:" \
-              f" {counted(left_out)}"
+    scores, pairs = sorted(scores, key=lambda row: row["index"]), []
+    for (where, row), found in ((samples[row["index"]], row["rewards"]) for row in scores):
+        try:
+            pairs.append(choose_pair(row, found, tokenizer.eos_token, args))
+        except SkipRow as skip:
+            count(skipped, str(skip), where)
+    summary = f"{args.samples}: {len(pairs)} pairs of {len(samples)} prompts; skipped: {counted(skipped)}"
     if not pairs:
         raise UserError(f"no usable pairs in {summary}")
+    complete = "" if todo or not out.exists() else " is complete"
     text = "".join(json.dumps(pair) + "\n" for pair in pairs)
-    complete = out.exists() and not todo
     on_rank_0(lambda: finish_rows(scores_file, scores, about, summary, out, text))
-    say(f"{out}{' is complete' if complete else ''}: {summary}")
+    say(f"{out}{complete}: {summary}")
 
 
 def read_samples(path):
-    """What `sample` wrote -> [("file:line", row)]; `stops` and `references` may lack: all ended, none. Raises UserError."""
+    """What `sample` wrote -> [("file:line", row)]; `stops` and `references` may lack: all ended, none. Raises
+    UserError."""
     samples, texts = [], lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
     for where, row in read_jsonl(Path(path)):
         said, references = row.get("completions"), row.setdefault("references", [])
-        if not (isinstance(row.get("prompt"), (str, list)) and texts(said) and said and texts(references)):
-            raise UserError(f"{where}: want prompt, completions and references (lists of texts), as `sample` writes them")
-        if len(row.setdefault("stops", [""] * len(said))) != len(said):
-            raise UserError(f"{where}: {len(row['stops'])} stops of {len(said)} completions")
+        if not (isinstance(row.get("prompt"), (str, list)) and texts(said) and said and texts(references)
+                and len(row.setdefault("stops", [""] * len(said))) == len(said)):
+            raise UserError(f"{where}: want prompt, completions, references (texts) and stops, as `sample` writes them")
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -680,37 +679,25 @@ def read_samples(path):
     return samples
 
 
-def choose_pairs(row, rewards, eos, args, left_out):
-    """The pairs that a prompt's completions make, with their rewards; left_out(kind) is called for what makes none. A cut
-    completion does not: in a pair's text it would look as if it had ended there. A stop other than the trainer's `eos`
-    is written, so that it reads what was said. What is drawn is a function of (seed, prompt, completions)."""
-    usable, said = [], list(zip(row["completions"], row["stops"]))
-    for j, (text, stop) in enumerate(said):
-        if stop is None or not text.strip():
-            left_out("completion without a stop" if stop is None else "empty completion")
-        else:
-            usable.append(j)
-    chosen = list(itertools.combinations(usable, 2))
-    if len(usable) < 2:
-        left_out("prompt with fewer than two completions to use")
-    elif args.pairs == "best_worst":
-        chosen = [(max(usable, key=lambda j: rewards[j]), min(usable, key=lambda j: rewards[j]))]
-    pairs = []
-    for a, b in chosen:
-        if said[a][0] == said[b][0] or args.noise == "none" and rewards[a] == rewards[b]:
-            left_out("pair of equal completions" if said[a][0] == said[b][0] else "pair of equal rewards")
-            continue
-        a_wins = rewards[a] > rewards[b]
-        if args.noise == "bt":
-            drawn = random.Random(json.dumps([args.seed, row["prompt"], a, b])).random()
-            a_wins = drawn < 1 / (1 + math.exp(min(700, rewards[b] - rewards[a])))
-        high, low = (a, b) if a_wins else (b, a)
-        texts = [text if stop == eos else text + stop for text, stop in (said[high], said[low])]
-        if isinstance(row["prompt"], list):  # the trainer's template ends them
-            texts = [[dict(role="assistant", content=said[j][0])] for j in (high, low)]
-        pairs.append(dict(prompt=row["prompt"], chosen=texts[0], rejected=texts[1], chosen_reward=rewards[high],
-                          rejected_reward=rewards[low]))
-    return pairs
+def choose_pair(row, rewards, eos, args):
+    """The best and the worst of a prompt's completions as a pair, with their rewards. Raises SkipRow. One that is empty
+    or was cut is not taken: in a pair's text it would look as if it had ended there. A stop other than the trainer's
+    `eos` is written, so that it reads what was said. Noise is a function of (seed, prompt, texts)."""
+    said = [one for one in zip(rewards, row["completions"], row["stops"]) if one[2] is not None and one[1].strip()]
+    if len(said) < 2:
+        raise SkipRow("fewer than two completions that ended and are not empty")
+    chosen, rejected = max(said, key=lambda one: one[0]), min(said, key=lambda one: one[0])
+    if chosen[0] == rejected[0]:
+        raise SkipRow("completions of equal reward")
+    if args.noise == "bt":
+        drawn = random.Random(json.dumps([args.seed, row["prompt"], chosen[1], rejected[1]])).random()
+        if drawn > 1 / (1 + math.exp(rejected[0] - chosen[0])):
+            chosen, rejected = rejected, chosen
+    texts = [text if stop == eos else text + stop for _, text, stop in (chosen, rejected)]
+    if isinstance(row["prompt"], list):  # the trainer's template ends them
+        texts = [[dict(role="assistant", content=text)] for _, text, _ in (chosen, rejected)]
+    return dict(prompt=row["prompt"], chosen=texts[0], rejected=texts[1], chosen_reward=chosen[0],
+                rejected_reward=rejected[0])
 
 
 def golden(args):
@@ -718,7 +705,8 @@ def golden(args):
     rank, _, device = start(args.seed, args.timeout, args.threads)
     reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args.precision, device)
     ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args.precision, device)
-    prompts, vocab_size, known = load_prompts(args, tokenizer, ref.config.vocab_size), reward_model.model.embed_tokens.num_embeddings, {}
+    prompts = load_prompts(args, tokenizer, ref.config.vocab_size)
+    known, vocab_size = {}, reward_model.model.embed_tokens.num_embeddings
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
     protocol, stops = {name: getattr(args, name) for name in PROTOCOL}, sampling_stops(ref_directory, tokenizer)
@@ -747,13 +735,13 @@ def golden(args):
             (run / "golden_samples").mkdir(exist_ok=True)
             write_lines(run / "golden_samples" / f"{name}.jsonl", said)
         append_rows(run / "golden.jsonl", [row])
-        say(f"{run} {name}: win rate {100 * row['win_rate']:.1f} +- {100 * row['win_rate_se']:.1f} %, KL {row['kl']:.3f} +-"
-            f" {row['kl_se']:.3f} nats (k1 {row['k1']:.3f} +- {row['k1_se']:.3f}), reward {row['reward']:+.3f} +-"
-            f" {row['reward_se']:.3f}, {row['length']:.1f} tokens, {100 * row['ended']:.0f} % ended")
+        figures = ("win_rate", "kl", "k1", "reward", "length", "ended")
+        say(f"{run} {name}: " + ", ".join(f"{x} {row[x]:.3f} +- {row[f'{x}_se']:.3f}" for x in figures))
 
 
 def golden_work(runs, ref_directory, settings):
-    """-> [(run, checkpoint, fingerprint of its weights, step, epoch)] that RUN/golden.jsonl lacks under these settings."""
+    """-> [(run, checkpoint, fingerprint of its weights, step, epoch)] that RUN/golden.jsonl lacks under these
+    settings."""
     work, fields = [], ["checkpoint", "step", "weights", "settings"]
     for run in map(Path, dict.fromkeys(runs)):
         try:
@@ -782,24 +770,23 @@ def measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, arg
         rounds = completions(policy, ids, args, args.k, temperature, top_p, stops, desc)
         return [ys for _, ys in sorted(itertools.chain.from_iterable(rounds))]
 
-    said = draw(args.temperature, args.top_p, "win rate: sampling")
-    responses = [[completion_text(y, stops, tokenizer) for y in ys] for ys in said]
+    drawn = draw(args.temperature, args.top_p, "win rate: sampling")
+    responses = [[completion_text(y, stops, tokenizer) for y in ys] for ys in drawn]
     rewards_ = rate(responses, "win rate: scoring")
     drawn = draw(1.0, 1.0, "KL: sampling")  # cut off at max_new_tokens: the KL of what is said until there
     kls = in_batches(lambda xs, ys: divergences(policy, ref, xs, ys), ids, drawn, 2, args.batch_size, "KL")
-    ended = [sum(stop is not None for _, stop in ys) / len(ys) for ys in responses]
-    per_prompt = dict(win_rate=win_shares(rewards_, reference_rewards), kl=torch.stack([x[:, 0].mean() for x in kls]),
-                      k1=torch.stack([x[:, 1].mean() for x in kls]), reward=torch.stack([x.mean() for x in rewards_]),
-                      length=torch.tensor([sum(map(len, ys)) / len(ys) for ys in said]), ended=torch.tensor(ended))
+    mean = lambda values: torch.stack([torch.as_tensor(of_prompt).double().mean() for of_prompt in values])
+    per_prompt = dict(win_rate=win_shares(rewards_, reference_rewards), kl=mean([x[:, 0] for x in kls]),
+                      k1=mean([x[:, 1] for x in kls]), reward=mean(rewards_),
+                      length=mean([[n for *_, n in ys] for ys in responses]),
+                      ended=mean([[stop is not None for _, stop, _ in ys] for ys in responses]))
     measures = {}
     for name, values in per_prompt.items():
         measures[name], measures[f"{name}_se"] = mean_and_error(values)
     root = math.sqrt(max(measures["kl"], 0.0))
     measures |= dict(sqrt_kl=root, sqrt_kl_se=measures["kl_se"] / (2 * root) if root else 0.0)  # to first order
-    rows = []
-    for prompt, ys, tokens, theirs, ours in zip(prompts, responses, said, reference_rewards, rewards_):
-        row = sample_row(prompt, [(*y, len(of_y)) for y, of_y in zip(ys, tokens)])
-        rows.append(row | dict(reference_rewards=theirs.tolist(), rewards=ours.tolist()))
+    rows = [sample_row(prompt, ys) | dict(reference_rewards=theirs.tolist(), rewards=ours.tolist())
+            for prompt, ys, theirs, ours in zip(prompts, responses, reference_rewards, rewards_)]
     return measures, rows
 
 
@@ -829,16 +816,16 @@ def bench(args):
         for k in range(0, len(group), args.batch_size * world):
             asked = group[k : k + args.batch_size * world]
             for turn in range(1, turns + 1):
-                ids = {}  # number in `asked`: the prompt; a question that the template refuses is left out
-                for number, question in enumerate(asked):
+                candidates, asked, ids = asked, [], []  # without those that the template refuses
+                for question in candidates:
                     try:
                         text = dialogue(tokenizer, question["turns"][:turn], question["said"], args.template)
-                        ids[number] = prompt_ids(text, tokenizer, policy.config.vocab_size, args, cut, question["where"])
+                        ids.append(prompt_ids(text, tokenizer, policy.config.vocab_size, args, cut, question["where"]))
+                        asked.append(question)
                     except SkipRow as skip:
                         count(skipped, str(skip), question["where"])
-                asked = [asked[number] for number in ids]
                 desc = f"temperature {temperature}, {k} of {len(group)}, turn {turn}"
-                rounds = completions(policy, list(ids.values()), args, 1, temperature, args.top_p, stops, desc)
+                rounds = completions(policy, ids, args, 1, temperature, args.top_p, stops, desc)
                 for number, (y,) in itertools.chain.from_iterable(rounds):
                     asked[number]["said"].append(completion_text(y, stops, tokenizer)[0].strip())
             fresh = [bench_row(args.suite, question, args.name or args.model) for question in asked]
@@ -868,8 +855,8 @@ def read_questions(suite, path):
 
 
 def dialogue(tokenizer, turns, answers, template):
-    """The user's turns and the answers to all but the last, as the prompt of that one's answer: by the chat template or in
-    HH's form. Raises SkipRow."""
+    """The user's turns and the answers to all but the last, as the prompt of that one's answer: by the chat template or
+    in HH's form. Raises SkipRow."""
     if template == "hh":
         texts = [f"\n\nHuman: {turn}\n\nAssistant:" for turn in turns]
         return texts[0] + "".join(f" {answer}{text}" for answer, text in zip(answers, texts[1:]))
@@ -918,7 +905,8 @@ GIVE_UP = 20  # requests failed in a row, each after its retries: the server is 
 
 
 def parse_choice(text):
-    """A judge's answer -> "A", "B" or None: the last line that holds the choice alone or after "More helpful:" and such."""
+    """A judge's answer -> "A", "B" or None: the last line that holds the choice alone or after "More helpful:" and
+    such."""
     leads = {"", "more helpful", "preferred", "response", "summary", "more helpful response", "preferred summary"}
     for line in reversed(text.splitlines()):
         *lead, last = re.findall(r"[^\W_]+", line) or [""]
@@ -928,20 +916,21 @@ def parse_choice(text):
 
 
 def parse_rating(text):
-    """A judge's answer -> the rating 1 to 10 as FastChat finds it, the first [[n]] or else the first [n], or None; FastChat
-    would take any number."""
+    """A judge's answer -> the rating 1 to 10 as FastChat finds it, the first [[n]] or else the first [n], or None;
+    FastChat would take any number."""
     match = re.search(r"\[\[(\d+(?:\.\d*)?)\]\]", text) or re.search(r"\[(\d+(?:\.\d*)?)\]", text)
     return float(match[1]) if match and 1 <= float(match[1]) <= 10 else None
 
 
 def request_seed(seed, prompt, j):
-    """A number in [0, 2^31), a pure function of the seed, the prompt (text or messages) and the completion's index j."""
+    """A number in [0, 2^31), a pure function of the seed, the prompt (text or messages) and the completion's index
+    j."""
     return int(hashlib.sha256(json.dumps([seed, prompt, j], sort_keys=True).encode()).hexdigest()[:8], 16) >> 1
 
 
 def connect(args):
-    """-> the openai client for --api; repeating requests, Retry-After included, is its business. The key is read from the
-    environment and goes nowhere else. Raises UserError."""
+    """-> the openai client for --api; repeating requests, Retry-After included, is its business. The key is read from
+    the environment and goes nowhere else. Raises UserError."""
     try:
         import openai
     except ImportError:
@@ -957,10 +946,11 @@ def connect(args):
 
 
 def ask_all(items, request_of, keep, args):
-    """Send request_of(item) for all items, args.concurrency at a time; keep(item, reply) is called, one at a time, before
-    its thread asks again: never are more replies paid for and not kept. reply: text, finish_reason, tokens (None if the
-    server does not say) and model; the key, which servers like to quote, is cut out. Raises UserError at once for a request
-    that is refused, and at the end if others failed after the client's retries; after GIVE_UP in a row no more is asked."""
+    """Send request_of(item) for all items, args.concurrency at a time; keep(item, reply) is called, one at a time,
+    before its thread asks again: never are more replies paid for and not kept. reply: text, finish_reason, tokens (None
+    if the server does not say) and model; the key, which servers like to quote, is cut out. Raises UserError at once
+    for a request that is refused; -> what is to be said of others that failed after the client's retries, or
+    nothing."""
     client, one_at_a_time, failures, in_a_row = connect(args), threading.Lock(), [], 0
     import openai
 
@@ -977,7 +967,8 @@ def ask_all(items, request_of, keep, args):
             text = choice.message.content if "messages" in request else choice.text
             reply = dict(text=text or "", finish_reason=choice.finish_reason, model=answer.model,
                          tokens=answer.usage.completion_tokens if answer.usage else None)
-        except (openai.APIError, json.JSONDecodeError, AttributeError, LookupError, TypeError) as error:  # a proxy's page
+        # The others: what a proxy's page or cut JSON leads to.
+        except (openai.APIError, json.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
             why = f"{type(error).__name__}: {' '.join(redact(str(error)).split())[:300]}"
             status = getattr(error, "status_code", 500)
             if status < 500 and status not in (408, 409, 429):
@@ -997,13 +988,13 @@ def ask_all(items, request_of, keep, args):
             future.result()
     finally:  # Ctrl-C, or a request refused: do not wait for what is under way
         pool.shutdown(wait=False, cancel_futures=True)
-    return f"{len(failures)} of {len(items)} requests failed, the first: {failures[0]}; after {GIVE_UP} in a row no more" \
-           " is asked; the same command asks those that are missing" if failures else None
+    return failures and (f"{len(failures)} of {len(items)} requests failed, the first: {failures[0]}; after {GIVE_UP}"
+                         " in a row no more is asked; the same command asks those that are missing")
 
 
 def api_completions(prompts, args, keep):
-    """args.k completions of each Prompt from a server, each a request with its own seed: a text is continued as it is, a
-    list of messages answered through the server's chat template. keep(prompt, [(text, stop, tokens)]) as prompts are
+    """args.k completions of each Prompt from a server, each a request with its own seed: a text is continued as it is,
+    a list of messages answered through the server's chat template. keep(prompt, [(text, stop, tokens)]) as prompts are
     completed. Raises UserError at the end if requests failed: their prompts were not kept."""
     replies = {prompt.index: {} for prompt in prompts}
 
@@ -1025,9 +1016,9 @@ def api_completions(prompts, args, keep):
 
 
 def comparison_tasks(args):
-    """-> the requests that compare samples, and counts of what has nothing to be compared with. A task holds `messages` and
-    `about`: what it asks about, with the letter that stands for our completion. Texts lose the blanks around them, which
-    would tell the writers apart; an empty completion is judged like any other."""
+    """-> the requests that compare samples, and counts of what has nothing to be compared with. A task holds `messages`
+    and `about`: what it asks about, with the letter that stands for our completion. Texts lose the blanks around them,
+    which would tell the writers apart; an empty completion is judged like any other."""
     tasks, lacking, others = [], dict(completions_without_opponent=0), {}
     for _, row in read_samples(args.against) if args.against else []:
         others.setdefault(json.dumps(row["prompt"]), row["completions"])
@@ -1047,14 +1038,15 @@ def comparison_tasks(args):
 
 
 def mt_bench_tasks(args):
-    """Like comparison_tasks: the requests that grade MT-Bench answers one by one, turn 1 and turn 2, in FastChat's words."""
+    """Like comparison_tasks: the requests that grade MT-Bench answers one by one, turn 1 and turn 2, in FastChat's
+    words."""
     folder, tasks, lacking = Path(args.mt_bench), [], dict(questions_without_answer=0)
     try:
         answers, references = {}, {}
-        for path, found in ((Path(args.answers), answers), (folder / "mt_bench/reference_answer/gpt-4.jsonl", references)):
-            for _, row in read_jsonl(path):
+        for path, found in ((args.answers, answers), (folder / "mt_bench/reference_answer/gpt-4.jsonl", references)):
+            for where, row in read_jsonl(Path(path)):
                 if row["question_id"] in found:
-                    raise UserError(f"{path}: question {row['question_id']} is answered twice: leave one model's answers")
+                    raise UserError(f"{where}: question {row['question_id']} is answered twice: leave one model's")
                 found[row["question_id"]] = row["choices"][0]["turns"]
         templates = {row["name"]: row for _, row in read_jsonl(folder / "judge_prompts.jsonl")}
         for _, row in read_jsonl(folder / "mt_bench/question.jsonl"):
@@ -1077,8 +1069,8 @@ def mt_bench_tasks(args):
 
 
 def judge(args):
-    """Ask for every verdict that the ledger lacks, then score. A verdict's key is the hash of its request and of what it is
-    about, so a ledger serves any number of runs, and other flags ask anew."""
+    """Ask for every verdict that the ledger lacks, then score. A verdict's key is the hash of its request and of what
+    it is about, so a ledger serves any number of runs, and other flags ask anew."""
     tasks, counts = (mt_bench_tasks if args.mt_bench else comparison_tasks)(args)
     if not tasks:
         raise UserError(f"{args.answers or args.samples}: nothing to judge: {counts}")
@@ -1114,18 +1106,19 @@ def judge(args):
 
 
 def comparison_result(scored):
-    """Scored comparisons [(about, "A" or "B")] -> win rate, the mean over prompts, and its standard error; share_a: how often
-    the judge said A, 0.5 without a bias of position."""
+    """Scored comparisons [(about, "A" or "B")] -> win rate, the mean over prompts, and its standard error; share_a: how
+    often the judge said A, 0.5 without a bias of position."""
     wins = {}
     for about, choice in scored:
         wins.setdefault(about["prompt"], []).append(float(choice == about["completion_is"]))
-    win_rate, error = mean_and_error(torch.tensor([sum(of_prompt) / len(of_prompt) for of_prompt in wins.values()]).double())
+    win_rate, error = mean_and_error(torch.tensor([np.mean(of_prompt) for of_prompt in wins.values()]))
     share_a = sum(choice == "A" for _, choice in scored) / len(scored)
     return dict(prompts=len(wins), win_rate=win_rate, win_rate_se=error if len(wins) > 1 else None, share_a=share_a)
 
 
 def grade_result(scored):
-    """Scored MT-Bench grades [(about, 1 to 10)] -> mean grades, as FastChat's: a category's and the overall one pool turns."""
+    """Scored MT-Bench grades [(about, 1 to 10)] -> mean grades, as FastChat's: a category's and the overall one pool
+    turns."""
     grades = {}
     for about, rating in scored:
         for category, turn in itertools.product((about["category"], "overall"), (f"turn_{about['turn']}", "both")):
@@ -1136,8 +1129,8 @@ def grade_result(scored):
 
 # ------------------------------------------------------------------- plot: figures 3 to 6 and Table 1 from JSON lines
 # A figure is first a list of rows, written beside it; the picture is drawn from the rows alone. Win rates in %, sqrt KL
-# in sqrt nats, log-ratios and log_eps in nats, lengths in tokens. `x_se` is the standard error of the mean x over seeds;
-# of a single run that of its evaluation, over prompts; None where there is none.
+# in sqrt nats, log-ratios and log_eps in nats, lengths in tokens. `x_se` is the standard error of the mean x over
+# seeds; of a single run that of its evaluation, over prompts; None where there is none.
 LOOKS = {"dpo": ("#b04000", "s"), "is_dpo": ("#0060a0", "o"), "ipo": ("#d08a00", "v"), "is_ipo": ("#3a7d34", "^"),
          "chi_po": ("#7a3b8f", "D"), "rpo": ("#606060", "P"), "length_dpo": ("#8c6d46", "X"), "online": ("black", "*")}
 COMPARED = ("dpo", "is_dpo")  # drawn thick, and with bands
@@ -1145,32 +1138,34 @@ WIN_RATE, SQRT_KL = "win rate (%)", r"$\sqrt{\mathrm{KL}(\pi\,\|\,\mathrm{ref})}
 TRAINING = {"ratio/chosen": r"mean log $\pi$/ref, chosen (nats)",
             "ratio/rejected": r"mean log $\pi$/ref, rejected (nats)", "weights/mean": "mean weight (capped)"}
 MEASURES = ("win_rate", "sqrt_kl", "reward", "length")
-# What runs in one plot share; what those of one setting share, too; and those of one seed: another seed may have its own
-# data, reference and reward model. Fingerprints and not paths, which differ between machines.
-COMMON = ("protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length", "max_prompt_length")
+# What runs in one plot share; what those of one setting share, too; and those of one seed: another seed may have its
+# own data, reference and reward model. Fingerprints and not paths, which differ between machines.
+COMMON = ("protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length",
+          "max_prompt_length")
 OF_SETTING, OF_SEED = ("label_smoothing", "length_average", "eta", "alpha", "r_max"), ("golden settings", "data")
 # Table 1: name of a number, its column, digits
 COLUMNS = (("peak_win_rate", "peak win rate (%)", 1), ("peak_sqrt_kl", "√KL there", 2),
            ("final_win_rate", "final win rate (%)", 1), ("final_sqrt_kl", "√KL there", 2), ("drop", "drop (points)", 1),
-           ("ess_share", "ESS share", 2), ("final_reward", "final reward", 2), ("final_length", "final length (tokens)", 1))
+           ("ess_share", "ESS share", 2), ("final_reward", "final reward", 2), ("final_length", "final length", 1))
 TABLE_NOTE = """
-Mean ± standard error over seeds, of a single run over prompts; √KL in √nats; golden settings {}. The peak is the best of
-the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share: effective sample size of
-the weights over the step's pairs, median of the last tenth of the steps; 1 without weights.
+Mean ± standard error over seeds, of a single run over prompts; √KL in √nats, lengths in tokens; golden settings {}. The
+peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
+effective sample size of the weights over the step's pairs, median of the last tenth of the steps; 1 without weights.
 """
 
 
 def read_run(directory):
-    """-> a run of train_pref.py: name, setting (beta, lr, loss, log_eps: None where the loss has none, "inf" for no cap:
-    JSON has no infinity), seed, args, steps (lines of metrics.jsonl) and points (lines of golden.jsonl under its last
-    settings, from step 0 on, win rates in %). Raises UserError."""
+    """-> a run of train_pref.py: name, setting (beta, lr, loss, log_eps: None where the loss has none, "inf" for no
+    cap: JSON has no infinity), seed, args, steps (lines of metrics.jsonl) and points (lines of golden.jsonl under its
+    last settings, from step 0 on, win rates in %). Raises UserError."""
     metrics, golden = directory / "metrics.jsonl", directory / "golden.jsonl"
     remedy = f"python evaluate.py golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {directory}"
     if not metrics.is_file() or not golden.is_file():
         raise UserError(f"{directory}: not a run of train_pref.py that has been evaluated: first run {remedy}")
     header, *steps = [row for _, row in whole_lines(metrics)] or [{}]
     args, lines, points = header.get("args"), whole_lines(golden), {}
-    if not isinstance(args, dict) or args.get("loss") not in LOOKS or not {"beta", "lr", "seed", "batch_size"} <= args.keys():
+    needed = {"loss", "beta", "lr", "seed", "batch_size"}
+    if not isinstance(args, dict) or not needed <= args.keys() or args["loss"] not in LOOKS:
         raise UserError(f"{metrics}:1: not the header of a run of train_pref.py")
     last = lines[-1][1] if lines else {}
     for where, row in lines:
@@ -1184,14 +1179,15 @@ def read_run(directory):
     if max(points) < header.get("steps", 0):
         say(f"{directory}: evaluated up to step {max(points)} of {header['steps']}: it stands for the final policy")
     log_eps = args.get("log_eps") if args["loss"].startswith("is_") else None
-    setting = dict(beta=args["beta"], lr=args["lr"], loss=args["loss"], log_eps="inf" if log_eps == math.inf else log_eps)
+    setting = dict(beta=args["beta"], lr=args["lr"], loss=args["loss"])
+    setting["log_eps"] = "inf" if log_eps == math.inf else log_eps
     args |= {"golden settings": last["settings"], "protocol": last.get("protocol"), "data": header.get("data")}
     return dict(name=str(directory), setting=setting, seed=args["seed"], args=args, steps=steps,
                 points=[points[step] for step in sorted(points)])
 
 
 def check_comparable(runs):
-    """Raise UserError where runs were trained or evaluated in ways that do not belong in one figure, or one comes twice."""
+    """Raise UserError where runs were not trained and evaluated alike enough for a figure, or one comes twice."""
     for a, b in itertools.combinations(runs, 2):
         same_setting, same_seed = a["setting"] == b["setting"], a["seed"] == b["seed"]
         names = COMMON + OF_SETTING * same_setting + OF_SEED * same_seed
@@ -1212,8 +1208,8 @@ def by_setting(runs):
 
 
 def average(runs, records, key, names):
-    """records(run) -> dicts, one a value of `key` -> a row a setting and value: of each name the mean over the n seeds and
-    its standard error, sd / sqrt(n); of a single seed what its record says itself."""
+    """records(run) -> dicts, one a value of `key` -> a row a setting and value: of each name the mean over the n seeds
+    and its standard error, sd / sqrt(n); of a single seed what its record says itself."""
     rows = []
     for setting, group in by_setting(runs):
         of_seeds = {}
@@ -1245,8 +1241,8 @@ def fit_curve(d, win_rates, start):
 
 
 def curve_peak(a, b, start):
-    """The maximum (d*, WR*) = (exp(a/b - 1), WR_sft + b d*), where the derivative a - b log d - b is 0. (None, None) where
-    there is none at d > 0 that a float holds."""
+    """The maximum (d*, WR*) = (exp(a/b - 1), WR_sft + b d*), where the derivative a - b log d - b is 0. (None, None)
+    where there is none at d > 0 that a float holds."""
     if b <= 0 or a / b > 700:
         return None, None
     d = math.exp(a / b - 1)
@@ -1254,8 +1250,8 @@ def curve_peak(a, b, start):
 
 
 def bootstrap_band(seeds, start, grid, draws=1000):
-    """2.5 and 97.5 percentiles (2, G), at the distances `grid` (G,), of curves fitted to seeds drawn with replacement. A
-    seed is an array (checkpoints, 2) of d and win rate and stays whole; three have but ten different draws."""
+    """2.5 and 97.5 percentiles (2, G), at the distances `grid` (G,), of curves fitted to seeds drawn with replacement.
+    A seed is an array (checkpoints, 2) of d and win rate and stays whole; three have but ten different draws."""
     picks = np.random.default_rng(0).integers(len(seeds), size=(draws, len(seeds)))
     fits = [fit_curve(*np.concatenate([seeds[k] for k in pick]).T, start) for pick in picks]
     curves = [start + curve_terms(grid) @ fit for fit in fits if fit is not None]
@@ -1277,17 +1273,17 @@ def curve_rows(runs):
             (a, b), grid = fitted.tolist(), np.linspace(0, d.max(), 61)
             residual = np.sqrt(np.mean((win_rates - start - curve_terms(d) @ fitted) ** 2))
             (peak, peak_win_rate), low, high = curve_peak(a, b, start), float(d.min()), float(d.max())
-            rows[-1] |= dict(a=a, b=b, residual=float(residual), peak_sqrt_kl=peak, peak_win_rate=peak_win_rate, low=low,
-                             high=high, inside=peak is not None and low <= peak <= high, sqrt_kl=grid.tolist(),
+            rows[-1] |= dict(a=a, b=b, residual=float(residual), peak_sqrt_kl=peak, peak_win_rate=peak_win_rate,
+                             low=low, high=high, inside=peak is not None and low <= peak <= high, sqrt_kl=grid.tolist(),
                              win_rate=(start + curve_terms(grid) @ fitted).tolist(),
                              band=bootstrap_band(seeds, start, grid).tolist() if len(seeds) > 1 else None)
     return rows
 
 
 def training_bins(run, size):
-    """Figure 6: means over `size` steps of log pi/ref (nats) of chosen and of rejected responses, and of the weight (capped;
-    1 where the loss has none). The paper plots a mean ratio, which a few pairs would decide; the exp of a mean log-ratio
-    is the geometric mean and lies below it. A value that was not finite is None and left out."""
+    """Figure 6: means over `size` steps of log pi/ref (nats) of chosen and of rejected responses, and of the weight
+    (capped; 1 where the loss has none). The paper plots a mean ratio, which a few pairs would decide; the exp of a mean
+    log-ratio is the geometric mean and lies below it. A value that was not finite is None and left out."""
     for start in range(0, len(run["steps"]), size):
         values = {name: [line[name] for line in run["steps"][start : start + size] if line[name] is not None]
                   for name in ("epoch", *TRAINING)}
@@ -1295,15 +1291,15 @@ def training_bins(run, size):
 
 
 def run_numbers(run):
-    """What Table 1 says of one run: the measures of the final policy and of the peak, the best of the checkpoints and the
-    reference; the drop between (points); the ESS share."""
+    """What Table 1 says of one run: the measures of the final policy and of the peak, the best of the checkpoints and
+    the reference; the drop between (points); the ESS share."""
     final, peak = run["points"][-1], max(run["points"], key=lambda point: point["win_rate"])
-    numbers = dict(kind="setting") | {f"{when}_{name}{end}": point.get(name + end) for when, point in (("peak", peak), ("final", final))
+    numbers = {f"{when}_{name}{end}": point.get(name + end) for when, point in (("peak", peak), ("final", final))
                for name in MEASURES for end in ("", "_se")}
     sizes = [line["weights/ess"] for line in run["steps"][-max(1, len(run["steps"]) // 10) :]]
     sizes = [size for size in sizes if size is not None]  # the median is not an epoch's last step, which may be short
     ess_share = float(np.median(sizes)) / run["args"]["batch_size"] if sizes else None
-    return numbers | dict(drop=peak["win_rate"] - final["win_rate"], ess_share=ess_share)
+    return numbers | dict(kind="setting", drop=peak["win_rate"] - final["win_rate"], ess_share=ess_share)
 
 
 def markdown_table(rows, settings):
@@ -1313,15 +1309,15 @@ def markdown_table(rows, settings):
         log_eps = "-" if row["log_eps"] is None else row["log_eps"]
         cells = [row["loss"], f"{row['beta']:g}", str(log_eps), f"{row['lr']:g}", str(row["n"])]
         for name, _, digits in COLUMNS:
-            mean, se = row[name], row[f"{name}_se"]
-            cells.append("-" if mean is None else f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else ""))
+            mean, se = (None if x is None else f"{x:.{digits}f}" for x in (row[name], row[f"{name}_se"]))
+            cells.append("-" if mean is None else mean if se is None else f"{mean} ± {se}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n" + TABLE_NOTE.format(settings)
 
 
 def draw(rows, x, labels, x_label, **line):
-    """A column of axes a (beta, lr), a line of axes a y, labels: {y: its axis' label}; over x the means of each loss, with
-    bars of one standard error -> figure, {(beta, lr): its column of axes}. The weighted losses have full markers."""
+    """A column of axes a (beta, lr), a line of axes a y, labels: {y: its axis' label}; over x the means of each loss,
+    with bars of one standard error -> figure, {(beta, lr): its axes}. Full markers: the weighted losses."""
     from matplotlib.figure import Figure
 
     panels = sorted({(row["beta"], row["lr"]) for row in rows})
@@ -1336,8 +1332,9 @@ def draw(rows, x, labels, x_label, **line):
             mine = [row for row in rows if (row["beta"], row["lr"], row["loss"]) == (beta, lr, loss)]
             place, mean, se = (np.array([row[key] for row in mine], dtype=float) for key in (x, y, f"{y}_se"))
             (color, marker), every = LOOKS[loss], math.ceil(max(1, len(mine)) / 12)
-            look = dict(color=color, marker=marker, markersize=4, fillstyle="full" if loss.startswith("is_") else "none",
-                        linewidth=1.8 if loss in COMPARED else 0.8, markevery=every, errorevery=every)
+            look = dict(color=color, marker=marker, markersize=4, markevery=every, errorevery=every,
+                        fillstyle="full" if loss.startswith("is_") else "none",
+                        linewidth=1.8 if loss in COMPARED else 0.8)
             ax.errorbar(place, mean, se, label=loss, elinewidth=0.8, capsize=2, **look | line)
     for ax, label in zip(axes[:, 0], labels.values()):
         ax.set_ylabel(label)
@@ -1345,8 +1342,8 @@ def draw(rows, x, labels, x_label, **line):
 
 
 def draw_curves(curves, points):
-    """Figure 3: means of the checkpoints, the curve fitted to all seeds' own, a star at a peak among the data, and a band at
-    the compared losses: those of seven would hide each other."""
+    """Figure 3: means of the checkpoints, the curve fitted to all seeds' own, a star at a peak among the data, and a
+    band at the compared losses: those of seven would hide each other."""
     figure, columns = draw(points, "sqrt_kl", {"win_rate": WIN_RATE}, SQRT_KL, linestyle="")
     for row in curves:
         (ax,), color, compared = columns[row["beta"], row["lr"]], LOOKS[row["loss"]][0], row["loss"] in COMPARED
@@ -1364,7 +1361,8 @@ def draw_curves(curves, points):
 def draw_caps(rows):
     """Figure 5: over log_eps, evenly spaced."""
     ticks = sorted({float(row["log_eps"]) for row in rows})
-    labels = dict(peak_win_rate="peak " + WIN_RATE, final_win_rate="final " + WIN_RATE, final_sqrt_kl="final " + SQRT_KL)
+    labels = {name: name.split("_")[0] + " " + label for name, label in
+              (("peak_win_rate", WIN_RATE), ("final_win_rate", WIN_RATE), ("final_sqrt_kl", SQRT_KL))}
     rows = [row | dict(place=ticks.index(float(row["log_eps"]))) for row in rows]
     figure, _ = draw(rows, "place", labels, r"log $\epsilon$ (nats a response; $\infty$: no cap)")
     figure.axes[-1].set_xticks(range(len(ticks)), [r"$\infty$" if tick == math.inf else f"{tick:g}" for tick in ticks])
@@ -1375,13 +1373,15 @@ def plot(args):
     """Figures 3 to 6 and Table 1 of the runs given."""
     runs, out = [read_run(Path(run)) for run in args.runs], Path(args.out)
     check_comparable(runs)
-    shown = [run for run in runs if run["setting"]["log_eps"] is None or float(run["setting"]["log_eps"]) == args.log_eps]
+    caps = None, "inf" if args.log_eps == math.inf else args.log_eps
+    shown = [run for run in runs if run["setting"]["log_eps"] in caps]
     if len(shown) < len(runs):
         say(f"figures 3, 4 and 6 leave out {len(runs) - len(shown)} runs of a log_eps other than {args.log_eps:g}")
     table = average(runs, lambda run: [run_numbers(run)], "kind", [name for name, *_ in COLUMNS])
     several = Counter((row["beta"], row["lr"], row["loss"]) for row in table)  # rows differ in log_eps then
     ablation = [row for row in table if several[row["beta"], row["lr"], row["loss"]] > 1]
-    evaluated, size = [run for run in shown if len(run["points"]) > 1], max(len(run["steps"]) for run in runs) // 40 or 1
+    evaluated = [run for run in shown if len(run["points"]) > 1]
+    size = max(1, max(len(run["steps"]) for run in runs) // 40)
     points = average(evaluated, lambda run: run["points"], "step", ("epoch", "win_rate", "sqrt_kl"))
     bins = average(shown, lambda run: training_bins(run, size), "first_step", ("epoch", *TRAINING))
     curves, labels = curve_rows(evaluated), {"win_rate": WIN_RATE, "sqrt_kl": SQRT_KL}
@@ -1390,20 +1390,20 @@ def plot(args):
                    figure5=(ablation, lambda: draw_caps(ablation)),
                    figure6=(bins, lambda: draw(bins, "epoch", TRAINING, "epoch")[0]))
     for row in curves:
-        say("figure 3: " + json.dumps({name: value for name, value in row.items() if not isinstance(value, list)}))
+        said = {name: value for name, value in row.items() if not isinstance(value, (list, type(None)))}
+        say("figure 3: " + ", ".join(f"{x} {y:.4g}" if type(y) is float else f"{x} {y}" for x, y in said.items()))
 
-    files = [f"{name}.{end}" for name in (*figures, "table1") for end in ("png", "jsonl", "md")]
     if out.exists() and any(out.iterdir()) and not (out / "plot.json").exists():
         raise UserError(f"{out} is not empty, and `plot` did not make it: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     write_json(out / "plot.json", dict(runs=args.runs, log_eps=args.log_eps))
-    for name in files:  # an earlier figure would pass for one of these runs
-        (out / name).unlink(missing_ok=True)
     for name, (rows, picture) in figures.items():
         if not rows:
             reason = "no beta, lr and loss has two values of log_eps" if name == "figure5" else "no run has rows for it"
             say(f"{name} is not drawn: {reason}")
+            for end in ("png", "jsonl"):  # an earlier one would pass for one of these runs
+                (out / f"{name}.{end}").unlink(missing_ok=True)
             continue
         figure = picture()
         legend = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}  # once
@@ -1446,7 +1446,8 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(parser, args, positive, signed=()):
     """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
     for flag, value in vars(args).items():
-        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < 2**63
+        most = 2**63 if type(value) is int else math.inf
+        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
         if unfit or flag in positive and value == 0:
             parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
 
@@ -1569,12 +1570,14 @@ def read_jsonl(path):
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            is_array = file.readline().strip() == b"["
+            first = file.readline().strip()
             file.seek(0)
-            for number, line in enumerate([file.read()] if is_array else file, 1):
-                row = json.loads(line) if line.strip() else []
-                for row in row if isinstance(row, list) and all(isinstance(item, dict) for item in row) else [row]:
-                    yield f"{path}:{number}", row if isinstance(row, dict) else {}
+            for number, line in enumerate([file.read()] if first[:1] == b"[" and first[-1:] != b"]" else file, 1):
+                if line.strip():
+                    rows = json.loads(line)
+                    is_array = isinstance(rows, list) and any(isinstance(row, dict) for row in rows)
+                    for row in rows if is_array else [rows]:
+                        yield f"{path}:{number}", row if isinstance(row, dict) else {}
     except (ValueError, RecursionError) as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -1694,10 +1697,11 @@ def apply_template(tokenizer, messages, tools, **kwargs):
     if tokenizer.chat_template is None:
         raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's"
                         " tokenizer, or data with text prompts")
-    kwargs |= dict(tokenize=False, strftime_now=TODAY.strftime)
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return tokenizer.apply_chat_template(messages, tools=tools or None, **kwargs)
+        kwargs["tools"] = (json.loads(tools or "null") if isinstance(tools, str) else tools) or None
+        template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: repr(TODAY.strftime(call[2])),
+                          tokenizer.get_chat_template(tools=kwargs["tools"]))
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
     except Exception as error:  # a template is a program: it may raise anything
         raise SkipRow(f"refused by the chat template ({' '.join(str(error).split())[:80]})") from None
 
@@ -1794,8 +1798,8 @@ def read_config(directory):
         value = rope[key] if key in rope else getattr(c, key, None)
         if key in (*sizes, *scaling) and key not in given:
             raise UserError(f"{path}: {key} is missing")
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
+        if type(value) not in (int, float) or not 0 < value < 1e12:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
                         f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
@@ -1949,16 +1953,16 @@ class RewardModel(nn.Module):
     def forward(self, ids, positions, segments, predict, prompt=0):
         """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
         hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
-        return self.score(hidden.float())
+        return self.score(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 # --- end shared: reward ---
 
 
 # --- shared: load (train_sft, train_rm, train_pref, evaluate) ---
 def find_model(name):
     """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles."""
-    path = Path(name)
-    if path.exists():
-        return path if path.is_dir() else path.parent
+    path = Path(name).parent if Path(name).name == "config.json" else Path(name)
+    if path.is_dir():
+        return path
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]))
     except (OSError, ValueError) as error:
@@ -1968,7 +1972,7 @@ def find_model(name):
 def read_json(path):
     """The object in a JSON file. Raises UserError where there is none."""
     try:
-        return dict(json.loads(path.read_text()))
+        return {**json.loads(path.read_text())}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: no JSON object that can be read: {error}") from None
 
@@ -1999,17 +2003,17 @@ def fingerprint(directory):
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
-def verify(directory):
-    """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's.
+def verify(directory, ours=False):
+    """Check a checkpoint of ours against its manifest; with neither that nor trainer/ it may be somebody else's.
     UserError names the first of weights and trainer/ that is not what was written; an edited text is warned of."""
     state = (directory / "trainer").exists()  # older checkpoints may have let go of it, see --keep_state
-    if not state and not (directory / "manifest.json").exists():
+    if not ours and not state and not (directory / "manifest.json").exists():
         return
     written, found = read_json(directory / "manifest.json"), file_sha256s(directory, "**/*")
     for name in sorted(written.keys() | found.keys()):
-        ours = name in written and (state or not name.startswith("trainer/"))
+        expected = name in written and (state or not name.startswith("trainer/"))
         strict = name.endswith(".safetensors") or name.startswith("trainer/")
-        if written.get(name) != found.get(name) and (ours or strict and name in found):
+        if written.get(name) != found.get(name) and (expected or strict and name in found):
             if strict or name not in found:
                 raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
                                 f" {directory} and go on from the checkpoint before")
@@ -2027,8 +2031,11 @@ def share_like(param, tensor):
 def open_weights(directory):
     """-> {tensor name: the open file that holds it}, of model.safetensors or of the files that its index names."""
     index = directory / "model.safetensors.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
-    files = [open_safetensors(directory / Path(name).name) for name in sorted(names)]
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    names = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise UserError(f"{index}: no weight_map to safetensors files beside it")
+    files = [open_safetensors(directory / name) for name in sorted(names)]
     return {tensor: file for file in files for tensor in file.keys()}
 
 

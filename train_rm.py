@@ -30,6 +30,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -227,6 +228,8 @@ def main():
     # Data
     begin_dir = resumed or model_dir
     tokenizer, config = load_tokenizer(model_dir), read_config(begin_dir)
+    if args.max_length > config.max_position_embeddings:
+        say(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings} positions")
     limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
     eval_pairs = []
@@ -364,7 +367,8 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(parser, args, positive, signed=()):
     """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
     for flag, value in vars(args).items():
-        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < 2**63
+        most = 2**63 if type(value) is int else math.inf
+        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
         if unfit or flag in positive and value == 0:
             parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
 
@@ -491,7 +495,7 @@ def parse_with_preset(parser, presets, argv, positive=(), signed=()):
     for name, values in presets.items():
         parser.add_argument_group(f"--preset {name}", ", ".join(f"{flag} {value}" for flag, value in values.items()))
     given = parser.parse_known_args(argv)[0]
-    preset = given.preset or ("paper" if given.model or given.data else "toy")
+    preset = ("paper" if given.model or given.data else "toy") if given.preset is None else given.preset
     if preset not in presets:
         parser.error(f"--preset {preset}: one of {', '.join(presets)}")
     parser.set_defaults(**presets[preset] | dict(preset=preset))
@@ -559,7 +563,10 @@ def open_metrics(path, header, resumed):
 def write_metrics(file, step, metrics):
     """One JSON line. JSON has no NaN: what is not finite is null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-    file.write(json.dumps({"step": step} | clean) + "\n")
+    try:
+        file.write(json.dumps({"step": step} | clean) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {file.name}: {error}") from None
 
 
 def peak_memory_gb():
@@ -610,12 +617,14 @@ def read_jsonl(path):
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            is_array = file.readline().strip() == b"["
+            first = file.readline().strip()
             file.seek(0)
-            for number, line in enumerate([file.read()] if is_array else file, 1):
-                row = json.loads(line) if line.strip() else []
-                for row in row if isinstance(row, list) and all(isinstance(item, dict) for item in row) else [row]:
-                    yield f"{path}:{number}", row if isinstance(row, dict) else {}
+            for number, line in enumerate([file.read()] if first[:1] == b"[" and first[-1:] != b"]" else file, 1):
+                if line.strip():
+                    rows = json.loads(line)
+                    is_array = isinstance(rows, list) and any(isinstance(row, dict) for row in rows)
+                    for row in rows if is_array else [rows]:
+                        yield f"{path}:{number}", row if isinstance(row, dict) else {}
     except (ValueError, RecursionError) as error:  # json.JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}:{number}: not JSON: {error}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -708,10 +717,11 @@ def apply_template(tokenizer, messages, tools, **kwargs):
     if tokenizer.chat_template is None:
         raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's"
                         " tokenizer, or data with text prompts")
-    kwargs |= dict(tokenize=False, strftime_now=TODAY.strftime)
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return tokenizer.apply_chat_template(messages, tools=tools or None, **kwargs)
+        kwargs["tools"] = (json.loads(tools or "null") if isinstance(tools, str) else tools) or None
+        template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: repr(TODAY.strftime(call[2])),
+                          tokenizer.get_chat_template(tools=kwargs["tools"]))
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
     except Exception as error:  # a template is a program: it may raise anything
         raise SkipRow(f"refused by the chat template ({' '.join(str(error).split())[:80]})") from None
 
@@ -767,7 +777,8 @@ def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
     """Read, tokenize and cut data, once a run: rank 0 does it and writes `path`, all ranks map that file, and so does a
     run that resumes. For split and limits see token_rows. -> TokenRows. The report of skipped rows, by kind with the
     place of the first, is said each time. Raises UserError where nothing is left."""
-    key, noun = f"{header['model']}-{header['data']}", f"{kind.__name__.lower()}s"
+    noun = f"{kind.__name__.lower()}s"
+    key = f"{noun}-{header['model']}-{header['data']}"
 
     def make():
         if path.exists():
@@ -853,8 +864,11 @@ def split_pair(row, tokenizer):
     """A data row -> prompt, [chosen, rejected] as texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings
     share all up to the last common "\\n\\nAssistant:", conversations share their first messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if chosen == rejected:
-        raise SkipRow("identical responses" if chosen else f"no chosen and rejected, keys: {', '.join(row) or 'none'}")
+    keys = f"keys: {[*row]}"[:80]
+    if not {"chosen", "rejected"} <= row.keys():
+        raise SkipRow(f"no chosen and rejected, {keys}")
+    if chosen and chosen == rejected:
+        raise SkipRow("identical responses")
     if isinstance(chosen, list) and isinstance(rejected, list):
         if not isinstance(prompt, list):
             common = sum(itertools.takewhile(bool, (a == b for a, b in zip(chosen, rejected))))
@@ -867,7 +881,7 @@ def split_pair(row, tokenizer):
         marker = "\n\nAssistant:"
         cut = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
         if cut < len(marker) or marker in chosen[cut:] or marker in rejected[cut:]:
-            raise SkipRow("prompt mismatch")
+            raise SkipRow("prompt mismatch" if marker in chosen else f"no prompt, {keys}")
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
     if not chosen.strip() or not rejected.strip():
         raise SkipRow("empty response")
@@ -1001,8 +1015,8 @@ def read_config(directory):
         value = rope[key] if key in rope else getattr(c, key, None)
         if key in (*sizes, *scaling) and key not in given:
             raise UserError(f"{path}: {key} is missing")
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
+        if type(value) not in (int, float) or not 0 < value < 1e12:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
                         f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
@@ -1156,16 +1170,16 @@ class RewardModel(nn.Module):
     def forward(self, ids, positions, segments, predict, prompt=0):
         """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
         hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
-        return self.score(hidden.float())
+        return self.score(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 # --- end shared: reward ---
 
 
 # --- shared: load (train_sft, train_rm, train_pref, evaluate) ---
 def find_model(name):
     """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles."""
-    path = Path(name)
-    if path.exists():
-        return path if path.is_dir() else path.parent
+    path = Path(name).parent if Path(name).name == "config.json" else Path(name)
+    if path.is_dir():
+        return path
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]))
     except (OSError, ValueError) as error:
@@ -1175,7 +1189,7 @@ def find_model(name):
 def read_json(path):
     """The object in a JSON file. Raises UserError where there is none."""
     try:
-        return dict(json.loads(path.read_text()))
+        return {**json.loads(path.read_text())}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: no JSON object that can be read: {error}") from None
 
@@ -1206,17 +1220,17 @@ def fingerprint(directory):
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
-def verify(directory):
-    """Check a checkpoint of ours against its manifest; a directory with neither that nor trainer/ is somebody else's.
+def verify(directory, ours=False):
+    """Check a checkpoint of ours against its manifest; with neither that nor trainer/ it may be somebody else's.
     UserError names the first of weights and trainer/ that is not what was written; an edited text is warned of."""
     state = (directory / "trainer").exists()  # older checkpoints may have let go of it, see --keep_state
-    if not state and not (directory / "manifest.json").exists():
+    if not ours and not state and not (directory / "manifest.json").exists():
         return
     written, found = read_json(directory / "manifest.json"), file_sha256s(directory, "**/*")
     for name in sorted(written.keys() | found.keys()):
-        ours = name in written and (state or not name.startswith("trainer/"))
+        expected = name in written and (state or not name.startswith("trainer/"))
         strict = name.endswith(".safetensors") or name.startswith("trainer/")
-        if written.get(name) != found.get(name) and (ours or strict and name in found):
+        if written.get(name) != found.get(name) and (expected or strict and name in found):
             if strict or name not in found:
                 raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
                                 f" {directory} and go on from the checkpoint before")
@@ -1234,8 +1248,11 @@ def share_like(param, tensor):
 def open_weights(directory):
     """-> {tensor name: the open file that holds it}, of model.safetensors or of the files that its index names."""
     index = directory / "model.safetensors.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
-    files = [open_safetensors(directory / Path(name).name) for name in sorted(names)]
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    names = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise UserError(f"{index}: no weight_map to safetensors files beside it")
+    files = [open_safetensors(directory / name) for name in sorted(names)]
     return {tensor: file for file in files for tensor in file.keys()}
 
 
@@ -1387,26 +1404,29 @@ def checkpoint_to_resume(out, header):
     """-> out/final if the run is complete, its newest checkpoint, or None to begin. `header` is the line that this run
     would begin metrics.jsonl with. Raises UserError where `out` holds something else or another run."""
     out.mkdir(parents=True, exist_ok=True)
-    lock(out)
     metrics = out / "metrics.jsonl"
-    if all(path.name.startswith(".") for path in out.iterdir()):  # nothing, or what a kill left of the very first file
+    empty = all(path.name.startswith(".") for path in out.iterdir())  # or a kill left half of the very first file
+    if empty or metrics.exists():
+        lock(out)
+    if empty and not metrics.exists():
         write_aside(metrics, lambda aside: aside.write_text(json.dumps(header) + "\n"))
     try:
-        found = json.loads(metrics.read_text().split("\n")[0])
-        of = ("script", "model", "ref", "data")
-        then, now = ({key: h.get(key) for key in of} | h["args"] for h in (found, header))
+        lines = metrics.read_text().split("\n")
+        found = json.loads(lines[0])
+        prints = [{f"{key} fingerprint": h.get(key) for key in ("model", "ref", "data")} for h in (found, header)]
+        then, now = (h["args"] | dict(script=h["script"]) | p for h, p in zip((found, header), prints))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{out} is not empty and holds no run (no metrics.jsonl with a header): choose another"
                         " --out") from None
     differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted({*then, *now} - FREE_FLAGS)
               if then.get(key) != now.get(key)]
-    if differ:
+    if differ and len(lines) > 2:  # before a first step nothing is lost: a wrong model or data may be mended
         raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out (to train on: --model"
                         f" {out}/final)")
     for leftover in (*out.glob(".step_*"), out / ".final.tmp"):  # of a kill: half a checkpoint written or deleted
         shutil.rmtree(leftover, ignore_errors=True)
     if (out / "final").exists():
-        verify(out / "final")
+        verify(out / "final", ours=True)
         return out / "final"
     steps = checkpoints(out)
     if steps and not (steps[-1] / "trainer").exists():

@@ -32,7 +32,6 @@ import statistics
 import sys
 import tempfile
 import time
-from array import array
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +60,12 @@ TARGETS = {"trl_default": 4.0, "trl_best": 2.5}  # on CPU: how many times ours
 def synthetic_pairs(n, vocab_size, scale):
     """Random ids; lengths spread as in TL;DR: prompts of 100 to 512 tokens, responses of 15 to 60, times `scale`."""
     rng = random.Random(0)
-    ids = lambda low, high: array("i", [rng.randrange(vocab_size) for _ in range(max(2, int(rng.randint(low, high) * scale)))])
+    ids = lambda low, high: [rng.randrange(vocab_size) for _ in range(max(2, int(rng.randint(low, high) * scale)))]
     return [tp.Pair(ids(100, 512), ids(15, 60), ids(15, 60)) for _ in range(n)]
+
+
+def n_tokens(pairs):
+    return sum(len(ids) for pair in pairs for ids in pair)
 
 
 def flops(c, tokens, scores, head_rows, body_passes, head_products):
@@ -78,7 +81,7 @@ def flops(c, tokens, scores, head_rows, body_passes, head_products):
 def flops_needed(c, pairs):
     visible = lambda P, C, R: P * (P + 1) // 2 + C * P + C * (C + 1) // 2 + R * P + R * (R + 1) // 2
     scores = sum(visible(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs)
-    return flops(c, sum(p.n_tokens for p in pairs), scores, sum(len(p.chosen) + len(p.rejected) for p in pairs), 3, 3)
+    return flops(c, n_tokens(pairs), scores, sum(len(p.chosen) + len(p.rejected) for p in pairs), 3, 3)
 
 
 class Ours:
@@ -88,7 +91,7 @@ class Ours:
         self.pairs, self.device, self.c = pairs, device, tp.read_config(config_dir)
         words = f"--model m --data d --loss dpo --beta 0.1 --micro_batch_size {args.micro_batch_size}".split()
         self.args = tp.parse_args(words)
-        policy = tp.build_llama(self.c, device, "auto", self.args.precision, False, False, False)
+        policy = tp.build(lambda: tp.Llama(self.c), device, self.args.precision)
 
         def take(model):  # the very tensors of a transformers model, which has our names
             for name, param in model.named_parameters():
@@ -114,7 +117,7 @@ class Ours:
 
     def work(self):
         """-> tokens computed, of them padding, FLOPs."""
-        rounds = tp.deal([p.n_tokens for p in self.pairs], self.args.micro_batch_size, 1)
+        rounds = tp.deal([n_tokens([p]) for p in self.pairs], self.args.micro_batch_size, 1)
         tokens, total = 0, 0.0
         for (micro,) in rounds:
             batch = tp.collate_pairs([self.pairs[i] for i in micro], True, "cpu")
@@ -123,7 +126,7 @@ class Ours:
             P = batch["prompt"]
             tokens += B * T
             total += flops(self.c, B * T, B * (P * (P + 1) // 2 + (T - P) * T), N, 3, 3 if kept else 4)
-        return tokens, tokens - sum(p.n_tokens for p in self.pairs), total
+        return tokens, tokens - n_tokens(self.pairs), total
 
 
 class TRL:
@@ -133,7 +136,7 @@ class TRL:
         self.trainer, self.model, self.c, self.best, self.shipped, self.device = trainer, model, c, best, shipped, device
         examples = [dict(prompt_ids=list(p.prompt), chosen_ids=list(p.chosen), rejected_ids=list(p.rejected)) for p in pairs]
         size = micro_batch_size if best else len(pairs)
-        rounds = tp.deal([p.n_tokens for p in pairs], size, 1)
+        rounds = tp.deal([n_tokens([p]) for p in pairs], size, 1)
         self.micro = [[examples[i] for i in round[0]] for round in rounds]
         self.pairs, self.reference_s = pairs, 0.0
         if best:
@@ -170,7 +173,7 @@ class TRL:
             total += flops(self.c, B * T, B * T * T, N, 4 if self.shipped else 3, 4)
             if not self.best:
                 total += flops(self.c, B * T, B * T * T, N, 1, 1)
-        return tokens, tokens - sum(p.n_tokens + len(p.prompt) for p in self.pairs), total
+        return tokens, tokens - n_tokens(self.pairs) - sum(len(p.prompt) for p in self.pairs), total
 
 
 def make_trainer(model, ref, pairs, device, directory):
@@ -215,7 +218,7 @@ def main():
     args = parser.parse_args()
     if args.contestants[0] != "ours" or args.pairs % args.micro_batch_size:
         parser.error("--contestants begins with ours, and --micro_batch_size divides --pairs")
-    _, _, device = tp.start(0, 1800)
+    _, _, device = tp.start(0, 1800, 0)
 
     # One model for all, and a reference beside it: were they equal the loss would be log 2 whatever is computed
     if args.shape:
@@ -236,10 +239,12 @@ def main():
             pairs = synthetic_pairs(args.pairs, model.config.vocab_size, args.scale)
         else:
             tokenizer = tp.load_tokenizer(tp.find_model(str(args.model)))
-            limits = model.config.vocab_size, args.max_length, args.max_prompt_length, "keep_end"
-            pairs = tp.load_pairs(str(args.data), False, tokenizer, *limits)[0]
+            limits = model.config.vocab_size, args.max_length, args.max_prompt_length
+            rows = enumerate(tp.read_rows(str(args.data), False, tp.RECIPES))
+            rows = tp.token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, *limits)
+            pairs = [tp.Pair(*ids) for _, ids in rows]
             pairs = [pairs[i] for i in tp.epoch_order(len(pairs), 0, 0)[: args.pairs]]
-        ours = Ours(args, directory, model, ref, pairs, device)
+        ours = Ours(args, Path(directory), model, ref, pairs, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)
         contestants = {"ours": ours}
         names = args.contestants[1:]
@@ -287,7 +292,7 @@ def main():
     for name, result in results.items():
         tokens, padding, done = contestants[name].work()
         s = statistics.median(result["seconds"])
-        counted = sum(p.n_tokens + len(p.prompt) for p in pairs)  # the prompt twice, as TRL counts
+        counted = n_tokens(pairs) + sum(len(p.prompt) for p in pairs)  # the prompt twice, as TRL counts
         result |= dict(step_s=s, reference_s=contestants[name].reference_s, tokens_per_s=counted / s, computed_tokens=tokens,
                        padding=padding / tokens, mfu_done=done / s / floor, mfu_needed=needed / s / floor, tflop_done=done / 1e12,
                        ratios=[a / b for a, b in zip(result["seconds"], first["seconds"])])

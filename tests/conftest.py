@@ -130,12 +130,24 @@ def randomize(model, seed):
             param.normal_(std=0.2, generator=generator)
 
 
+def load_rows(script, source, *limits, held_out=False):
+    """The pairs or examples that a trainer makes of `source`, and its report of them. limits: tokenizer, vocab_size,
+    max_length, max_prompt_length. Needs the fixture process_group."""
+    kind = script.Example if hasattr(script, "Example") else script.Pair
+    split = script.split_example if hasattr(script, "Example") else script.split_pair
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.safetensors"
+        header = dict(model="m", data="d")
+        rows = script.load_rows(path, header, kind, split, str(source), held_out, script.RECIPES, *limits)
+        return rows, script.read_tensors(path, "m-d")[1]
+
+
 @pytest.fixture(scope="session")
 def process_group():
     """The one-process group that a script makes for itself when it runs without torchrun; -> its device."""
     import train_pref
 
-    rank, world, device = train_pref.start(0, 60)
+    rank, world, device = train_pref.start(0, 60, 1)
     assert (rank, world) == (0, 1)
     yield device
     torch.distributed.destroy_process_group()

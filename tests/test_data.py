@@ -1,24 +1,28 @@
 """From files to batches: JSON lines, pairs and demonstrations, every kind of skipped row, packing, dealing, collating."""
 
+import copy
 import gzip
 import itertools
 import json
 import math
 import random
+import re
 import sys
-from array import array
+import types
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, load_rows
 
 import train_pref
 import train_sft
-from train_pref import Pair, UserError, deal, epoch_order, load_pairs, read_jsonl, read_rows
-from train_sft import Example, load_examples, pack
+from train_pref import Pair, UserError, deal, epoch_order, read_jsonl, read_rows
+from train_sft import Example, pack
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 BOS, EOS = 256, 257
-LIMITS = (259, 10**6, 10**5, "keep_end")  # vocab_size, max_length, max_prompt_length, truncation
+LIMITS = (259, 10**6, 10**5)  # vocab_size, max_length, max_prompt_length
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}" \
        "{% if add_generation_prompt %}[assistant]{% endif %}"
 
@@ -38,6 +42,18 @@ def write(path, *rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_bytes("".join(line + "\n" for line in lines).encode())
     return str(path)
+
+
+def load_pairs(source, *limits, held_out=False):
+    """-> pairs, index, report."""
+    pairs, report = load_rows(train_pref, source, *limits, held_out=held_out)
+    return list(pairs), pairs.index, report
+
+
+def load_examples(source, *limits):
+    """-> examples, report."""
+    examples, report = load_rows(train_sft, source, *limits)
+    return list(examples), report
 
 
 def texts(tokenizer, pair):
@@ -68,6 +84,28 @@ def test_read_jsonl(suffix, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz"])
+@pytest.mark.parametrize("text", [
+    json.dumps, lambda rows: json.dumps(rows, indent=2) + "\n", lambda rows: json.dumps(rows, indent="\t").replace("\n", "\r\n"),
+    lambda rows: "[" + ",\n".join(map(json.dumps, rows)) + "]"], ids=["one line", "pretty", "CRLF", "a row a line"])
+def test_json_array(text, suffix, byte, tmp_path):
+    rows = [dict(prompt="a [", chosen="b]", rejected="c"), dict(prompt="d", chosen=UNICODE_LINE_ENDS, rejected="f"), 3]
+    path, content = tmp_path / f"data{suffix}", text(rows).encode()
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    pairs, index, report = load_pairs(path, byte, *LIMITS)
+    assert [texts(byte, pair) for pair in pairs] == [("<s>a [", "b]</s>", "c</s>"),
+                                                     ("<s>d", UNICODE_LINE_ENDS + "</s>", "f</s>")]
+    assert index.tolist() == [0, 1] and report.startswith(f"{path}: 2 pairs of 3 rows; skipped: 1 no chosen and rejected")
+
+
+def test_a_broken_json_array(byte, tmp_path):
+    path = tmp_path / "data.json"
+    for content in (json.dumps([dict(prompt="a", chosen="b", rejected="c")], indent=2)[:-4], '[{"prompt": "a"},', "[", "{\n}"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="data.json:1: not JSON"):
+            load_pairs(path, byte, *LIMITS)
+
+
 @pytest.mark.parametrize("line", [b'{"a": 1', b"hello", b'{"a": 1}{"a": 2}', b'{"a": 1}\r{"a": 2}', b'{"a": "\xff"}', b"{'a': 1}"])
 def test_a_line_that_is_not_json(line, tmp_path):
     path = tmp_path / "data.jsonl"
@@ -92,12 +130,12 @@ def test_broken_gzip(tmp_path):
     assert len(list(read_jsonl(path))) == 500
 
 
-def test_missing_file(tmp_path):
+def test_missing_file(byte, tmp_path):
     for name in ("data.jsonl", "data.jsonl.gz"):
-        with pytest.raises(UserError, match=rf"{name}: no such file"):
-            list(read_rows(str(tmp_path / name), False, {}))
-    with pytest.raises(UserError, match="b.jsonl: no such file"):  # the second of two pooled
-        list(read_rows(f"{write(tmp_path / 'a.jsonl', {})}+{tmp_path / 'b.jsonl'}", False, {}))
+        with pytest.raises(UserError, match=rf"No such file.*{name}"):
+            load_pairs(tmp_path / name, byte, *LIMITS)
+    with pytest.raises(UserError, match="No such file.*b.jsonl"):  # the second of two pooled
+        load_pairs(f"{write(tmp_path / 'a.jsonl', {})}+{tmp_path / 'b.jsonl'}", byte, *LIMITS)
 
 
 def test_pooled_files(tmp_path):
@@ -118,15 +156,54 @@ def test_hub_dataset(tmp_path, monkeypatch, byte):
     write(directory / "test.jsonl", dict(prompt="x", chosen="a", rejected="b"), dict(prompt="y", chosen="a", rejected="a"))
     where, rows = zip(*read_rows(str(directory), False, {}))
     assert where == tuple(f"{directory}[{k}]" for k in range(3)) and [row["prompt"] for row in rows] == ["0?", "1?", "2?"]
-    pairs, index, report = load_pairs(str(directory), True, byte, *LIMITS)
+    pairs, index, report = load_pairs(directory, byte, *LIMITS, held_out=True)
     assert [texts(byte, pair) for pair in pairs] == [("<s>x", "a</s>", "b</s>")] and index.tolist() == [0]
     assert f"1 identical responses (first {directory}[1])" in report
 
-    # A recipe is an id, two splits and a mapping of rows; it pools with files.
-    recipes = {"toy": (str(directory), "test", "train[:2]", lambda row: dict(k=row["prompt"]))}
-    file = write(tmp_path / "a.jsonl", {"k": "file"})
-    assert [row["k"] for _, row in read_rows(f"toy+{file}", True, recipes)] == ["0?", "1?", "file"]
-    assert [row["k"] for _, row in read_rows("toy", False, recipes)] == ["x", "y"]
+    # A recipe is an id, two splits and the columns read; it pools with files.
+    recipes = {"toy": (str(directory), "test", "train[:2]", ("prompt", "chosen"))}
+    file = write(tmp_path / "a.jsonl", {"prompt": "file"})
+    pooled = [row for _, row in read_rows(f"toy+{file}", True, recipes)]
+    assert pooled == [dict(prompt="0?", chosen="yes"), dict(prompt="1?", chosen="yes"), dict(prompt="file")]
+    assert [row["prompt"] for _, row in read_rows("toy", False, recipes)] == ["x", "y"]
+
+
+TABLE = [dict(prompt="a", chosen="b", rejected="c"), dict(prompt="d", chosen="e", rejected="e")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables(kind, byte, tmp_path, monkeypatch):
+    """Through `datasets`, as it reads them."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / f"data.{kind}"
+    getattr(datasets.Dataset.from_list(TABLE), f"to_{kind}")(path)
+    pairs, index, report = load_pairs(path, byte, *LIMITS, held_out=True)  # a file has no splits
+    assert [texts(byte, pair) for pair in pairs] == [("<s>a", "b</s>", "c</s>")] and index.tolist() == [0]
+    assert report == f"{path}: 1 pairs of 2 rows; skipped: 1 identical responses (first {path}[1]); cut: none"
+
+
+def test_how_datasets_is_asked(byte, tmp_path, monkeypatch):
+    """A stand-in for the package: what it is asked for, where the package itself is not installed."""
+    class Rows(list):
+        def select_columns(self, names):
+            return Rows({name: row[name] for name in names} for row in self)
+
+    asked = []
+    stub = types.ModuleType("datasets")
+    stub.load_dataset = lambda *args, **kwargs: asked.append((args, kwargs)) or Rows(TABLE)
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    recipes = {"mine": ("me/mine", "train_prefs", "test_prefs[:9]", ("chosen", "rejected"))}
+    sources = ["x.csv", str(tmp_path / "y.parquet"), "some/hub", "mine", "mine+x.csv"]
+    found = [list(read_rows(source, held_out, recipes)) for source in sources for held_out in (False, True)]
+    file = lambda name: ((name.split(".")[1],), dict(data_files=name, split="train"))
+    assert asked == [file("x.csv")] * 2 + [(("parquet",), dict(data_files=sources[1], split="train"))] * 2 + [
+        (("some/hub",), dict(split="train")), (("some/hub",), dict(split="test")),
+        (("me/mine",), dict(split="train_prefs")), (("me/mine",), dict(split="test_prefs[:9]")),
+        (("me/mine",), dict(split="train_prefs")), file("x.csv"), (("me/mine",), dict(split="test_prefs[:9]")), file("x.csv")]
+    assert found[0] == [("x.csv[0]", TABLE[0]), ("x.csv[1]", TABLE[1])]
+    assert found[6] == [(f"mine[{k}]", dict(chosen=row["chosen"], rejected=row["rejected"])) for k, row in enumerate(TABLE)]
+    assert len(found[8]) == 4
 
 
 def test_hub_refusals(tmp_path, monkeypatch):
@@ -135,18 +212,11 @@ def test_hub_refusals(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no-such/data.*pip install datasets"):
             list(read_rows("no-such/data", False, {}))
     pytest.importorskip("datasets")
-    with pytest.raises(UserError, match="no-such/data: no such file, recipe"):  # HF_HUB_OFFLINE is set
+    with pytest.raises(UserError, match="no-such/data: no JSON file or recipe"):  # HF_HUB_OFFLINE is set
         list(read_rows("no-such/data", False, {"tldr": None}))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no such file, recipe"):
+    with pytest.raises(UserError, match="empty: no JSON file or recipe"):
         list(read_rows(str(tmp_path / "empty"), False, {}))
-
-
-def test_ids_sha256():
-    digest = lambda *rows: train_pref.ids_sha256(array("i", row) for row in rows)
-    assert digest([1, 2], [3]) == digest([1, 2], [3])
-    different = [(), ([],), ([1, 2], [3]), ([1], [2, 3]), ([3], [1, 2]), ([1, 2, 3],), ([1, 2], [4])]
-    assert len({digest(*rows) for rows in different}) == len(different)
 
 
 # ------------------------------------------------------------------------------------------------------------------ pairs
@@ -160,7 +230,7 @@ def test_pairs(byte, tmp_path):
                    dict(chosen=turns("Hi", "Hello", "Who?", "Me"), rejected=turns("Hi", "Hello", "Who?", "You")),
                    dict(prompt="Hi", chosen=turns("Hi", "A"), rejected=turns("Hi", "B")),  # the prompt as text, too
                    dict(prompt=f"é{UNICODE_LINE_ENDS}", chosen="\U0001f600", rejected="</s>x"))
-    pairs, index, report = load_pairs(source, False, byte, *LIMITS)
+    pairs, index, report = load_pairs(source, byte, *LIMITS)
     assert [texts(byte, pair) for pair in pairs] == [
         ("<s>Q: 1+1?", " 2</s>", " three</s>"),
         ("<s>\n\nHuman: Hi\n\nAssistant:", " Hey</s>", " Ha!</s>"),
@@ -175,18 +245,21 @@ def test_pairs(byte, tmp_path):
     for pair in pairs:
         assert pair.prompt[0] == BOS and pair.prompt.count(BOS) == 1
         assert pair.chosen[-1] == pair.rejected[-1] == EOS and pair.chosen.count(EOS) == 1
-        assert pair.n_tokens == len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
 GOOD = dict(prompt="p", chosen="good", rejected="bad")
 SKIPPED = {
-    "wrong types": [dict(prompt="p", chosen="a"), dict(prompt="p", chosen=1, rejected="b"), dict(prompt="p", chosen=None, rejected="b"),
-                    dict(prompt=3, chosen="a", rejected="b"), dict(prompt=None, chosen="a", rejected="b"), "[1, 2]", '"text"', "null", {},
-                    dict(prompt="p", chosen="a", rejected=turns("a", "b")), dict(prompt=turns("p"), chosen="a", rejected="b"),
+    "no chosen and rejected, keys: []": ["[1, 2]", '"text"', "null", "3", {}],
+    "no chosen and rejected, keys: ['question', 'answer']": [dict(question="q", answer="a")],
+    "no chosen and rejected, keys: ['prompt', 'chosen']": [dict(prompt="p", chosen="a"), dict(prompt="p", chosen=turns("a"))],
+    "no prompt, keys: ['question', 'chosen', 'rejected']": [dict(question="q", chosen="a", rejected="b")],
+    "no prompt, keys: ['chosen', 'rejected']": [dict(chosen="no marker", rejected="no mark")],
+    "wrong types": [dict(prompt="p", chosen=1, rejected="b"), dict(prompt="p", chosen=None, rejected="b"),
+                    dict(prompt=3, chosen="a", rejected="b"), dict(prompt=None, chosen="a", rejected="b"),
+                    dict(prompt="p", chosen=None, rejected=None), dict(prompt="p", chosen="a", rejected=turns("a", "b")), dict(prompt=turns("p"), chosen="a", rejected="b"),
                     dict(chosen=[1, "x"], rejected=[1, "y"]),
                     dict(chosen=turns("p") + [dict(role="assistant", content=None)], rejected=turns("p", "x"))],
     "prompt mismatch": [dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: b\n\nAssistant: y"),
-                        dict(chosen="no marker", rejected="no mark"),
                         dict(chosen="\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: z",
                              rejected="\n\nHuman: a\n\nAssistant: y"),
                         dict(chosen=turns("a", "x"), rejected=turns("b", "x")),
@@ -199,32 +272,33 @@ SKIPPED = {
     "identical responses": [dict(prompt="p", chosen="a", rejected="a"),
                             dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: a\n\nAssistant: x"),
                             dict(prompt=turns("a"), chosen=turns("", "x")[1:], rejected=turns("", "x")[1:])],
+    "refused by the chat template (division by zero)": [dict(chosen=turns("BOOM", "x"), rejected=turns("BOOM", "y"))],
     "chat template does not continue the prompt": [dict(chosen=turns("STRANGE", "x"), rejected=turns("STRANGE", "y"))],
 }
 
 
 @pytest.mark.parametrize("kind", SKIPPED)
 def test_skipped_rows(kind, byte, tmp_path, monkeypatch):
-    strange = "{% if add_generation_prompt and messages[0].content == 'STRANGE' %}!{% endif %}"
+    strange = "{% if messages[0].content == 'BOOM' %}{{ 1 / 0 }}{% endif %}{% if add_generation_prompt and messages[0].content == 'STRANGE' %}!{% endif %}"
     monkeypatch.setattr(byte, "chat_template", strange + CHAT)
     rows = SKIPPED[kind]
     for row in rows:  # each alone, between two good ones and after a blank line
         source = write(tmp_path / "one.jsonl", GOOD, "", row, GOOD)
-        pairs, index, report = load_pairs(source, False, byte, *LIMITS)
+        pairs, index, report = load_pairs(source, byte, *LIMITS)
         assert report == f"{source}: 2 pairs of 3 rows; skipped: 1 {kind} (first {source}:3); cut: none", row
         assert index.tolist() == [0, 2] and len(pairs) == 2  # rows are numbered, not lines
     source = write(tmp_path / "all.jsonl", GOOD, *rows)
-    report = load_pairs(source, False, byte, *LIMITS)[2]
+    report = load_pairs(source, byte, *LIMITS)[2]
     assert f"1 pairs of {len(rows) + 1} rows; skipped: {len(rows)} {kind} (first {source}:2)" in report
     source = write(tmp_path / "none.jsonl", *rows)
-    with pytest.raises(UserError, match=f"no usable pairs in .*none.jsonl.*{len(rows)} {kind}"):
-        load_pairs(source, False, byte, *LIMITS)
+    with pytest.raises(UserError, match=f"no usable pairs in .*none.jsonl.*{len(rows)} {re.escape(kind)}"):
+        load_pairs(source, byte, *LIMITS)
 
 
 def test_several_kinds_at_once(byte, tmp_path):
     kinds = ["empty response", "wrong types", "prompt mismatch", "identical responses"]
     source = write(tmp_path / "all.jsonl", *(SKIPPED[kind][k] for k in range(3) for kind in kinds), GOOD)
-    pairs, index, report = load_pairs(source, False, byte, *LIMITS)
+    pairs, index, report = load_pairs(source, byte, *LIMITS)
     assert index.tolist() == [12] and len(pairs) == 1
     skipped = ", ".join(f"3 {kind} (first {source}:{k})" for k, kind in enumerate(kinds, 1))
     assert report == f"{source}: 1 pairs of 13 rows; skipped: {skipped}; cut: none"
@@ -232,13 +306,13 @@ def test_several_kinds_at_once(byte, tmp_path):
 
 def test_identical_conversations(byte, tmp_path):
     source = write(tmp_path / "pairs.jsonl", GOOD, dict(chosen=turns("a", "x"), rejected=turns("a", "x")))
-    assert "1 identical responses" in load_pairs(source, False, byte, *LIMITS)[2]
+    assert "1 identical responses" in load_pairs(source, byte, *LIMITS)[2]
 
 
 def test_broken_unicode(byte, tmp_path):
     """JSON can hold half of a surrogate pair, which is no text: "\\ud83d". One such row is skipped."""
     source = write(tmp_path / "pairs.jsonl", GOOD, dict(prompt="p", chosen="\ud83d", rejected="b"))
-    assert f"(first {source}:2)" in load_pairs(source, False, byte, *LIMITS)[2]
+    assert f"(first {source}:2)" in load_pairs(source, byte, *LIMITS)[2]
 
 
 def test_cut_pairs(byte, tmp_path):
@@ -247,26 +321,23 @@ def test_cut_pairs(byte, tmp_path):
             dict(prompt="0123456789", chosen="abcdef", rejected="abcdefg"),  # differ past the cut only
             dict(prompt="01", chosen="abcdefgh", rejected="abcdefghijk")]
     source = write(tmp_path / "pairs.jsonl", *rows)
-    load = lambda truncation, max_length=12: load_pairs(source, False, byte, 259, max_length, 8, truncation)
-    pairs, index, report = load("keep_end")
+    load = lambda max_length=12: load_pairs(source, byte, 259, max_length, 8)
+    pairs, index, report = load()
     assert [texts(byte, pair) for pair in pairs] == [("<s>0123456", "abc</s>", "xyz</s>"), ("<s>3456789", "abcd", "x</s>"),
                                                      ("<s>01", "abcdefgh</s>", "abcdefghi")]
     assert index.tolist() == [0, 1, 3]
     assert report.endswith(f"3 pairs of 4 rows; skipped: 1 identical once cut (first {source}:3);"
-                           f" cut: 2 prompt (first {source}:2), 4 response (first {source}:2)")
-    assert texts(byte, load("keep_start")[0][1]) == ("<s>0123456", "abcd", "x</s>")
-    pairs, index, report = load("drop")
-    assert index.tolist() == [0, 3] and f"skipped: 2 prompt too long (first {source}:2)" in report
+                           f" cut: 1 prompt (first {source}:2), 2 response (first {source}:2)")  # of rows that are kept
     with pytest.raises(UserError, match="3 no room for a response"):  # after a prompt of 8
-        load("keep_end", max_length=8)
-    for pair in load("keep_end")[0]:
+        load(max_length=8)
+    for pair in pairs:
         assert len(pair.prompt) <= 8 and len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= 12
 
 
 def test_vocabulary_too_small(byte, tmp_path):
     source = write(tmp_path / "pairs.jsonl", GOOD)
     with pytest.raises(UserError, match="257.*vocabulary of 257"):
-        load_pairs(source, False, byte, 257, *LIMITS[1:])
+        load_pairs(source, byte, 257, *LIMITS[1:])
 
 
 @pytest.mark.parametrize(("name", "kept", "rows", "skipped"), [
@@ -274,7 +345,7 @@ def test_vocabulary_too_small(byte, tmp_path):
 def test_real_pairs(name, kept, rows, skipped, shared, stories):
     source = shared / "data" / f"{name}.jsonl.gz"
     tokenizer = train_pref.load_tokenizer(stories)
-    pairs, index, report = load_pairs(str(source), True, tokenizer, 512, *LIMITS[1:])
+    pairs, index, report = load_pairs(source, tokenizer, 512, *LIMITS[1:])
     assert len(pairs) == len(index) == kept and f": {kept} pairs of {rows} rows; " in report and report.endswith("cut: none")
     for kind, n in skipped.items():
         assert f"{n} {kind} (first {source}:" in report
@@ -283,17 +354,16 @@ def test_real_pairs(name, kept, rows, skipped, shared, stories):
     with gzip.open(source, "rt", encoding="utf-8", newline="\n") as file:
         data = [json.loads(line) for line in file]
     for pair, number in list(zip(pairs, index.tolist()))[::100]:  # the rows that the index says, put together again
-        triple = (pair.prompt, pair.chosen, pair.rejected)
-        prompt, chosen, rejected = (tokenizer.decode(ids, skip_special_tokens=True) for ids in triple)
         row = data[number]
-        for response, key in ((chosen, "chosen"), (rejected, "rejected")):
-            assert (prompt + response).split() == (row.get("prompt", "") + row[key]).split()
+        for response, key in ((pair.chosen, "chosen"), (pair.rejected, "rejected")):
+            whole = tokenizer.decode(pair.prompt + response, skip_special_tokens=True)
+            assert whole == row.get("prompt", "") + row[key]
 
 
 # ---------------------------------------------------------------------------------------------------------- demonstrations
 def example_text(tokenizer, example):
     """What is given, what is learned."""
-    return tokenizer.decode(example.ids[: example.first]), tokenizer.decode(example.ids[example.first :])
+    return tokenizer.decode(example.prompt), tokenizer.decode(example.completion)
 
 
 def test_examples(byte, tmp_path):
@@ -307,7 +377,7 @@ def test_examples(byte, tmp_path):
                    dict(prompt=turns("Hi"), completion=turns("", "Hello")[1:]),
                    dict(prompt=turns("Hi"), chosen=turns("", "Hello")[1:], rejected=turns("", "No")[1:]),
                    dict(prompt="", completion="A"))
-    examples, report = load_examples(source, False, byte, *LIMITS)
+    examples, report = load_examples(source, byte, *LIMITS)
     assert [example_text(byte, example) for example in examples] == [
         ("<s>Q", " A</s>"),
         ("<s>", "Once upon</s>"),
@@ -323,19 +393,24 @@ def test_examples(byte, tmp_path):
 
 
 def test_text_without_bos(tmp_path):
-    """Without BOS the first token of a text is given: nothing predicts it."""
+    """Without BOS a text's first token is given, as nothing predicts it (see test_collate_examples)."""
     byte_tokenizer(tmp_path, bos_token=None)
     tokenizer = train_pref.load_tokenizer(tmp_path)
     source = write(tmp_path / "sft.jsonl", dict(text="abc"), dict(prompt="p", completion="c"), dict(prompt="", completion="c"))
-    examples, report = load_examples(source, False, tokenizer, *LIMITS)
-    assert [example_text(tokenizer, example) for example in examples] == [("a", "bc</s>"), ("p", "c</s>")]
+    examples, report = load_examples(source, tokenizer, *LIMITS)
+    assert [example_text(tokenizer, example) for example in examples] == [("", "abc</s>"), ("p", "c</s>")]
     assert f"1 empty prompt (first {source}:3)" in report
 
 
 @pytest.mark.parametrize(("kind", "row"), [
     ("wrong types", dict(text=3)), ("wrong types", dict(prompt="p", completion=None)), ("wrong types", dict(prompt=3, completion="c")),
     ("wrong types", dict(prompt="p", completion=3)), ("wrong types", dict(prompt=turns("a"), completion="c")),
-    ("no prompt", dict(completion="c")), ("no prompt", dict(chosen="no marker")), ("wrong types", {}), ("wrong types", "[1]"),
+    ("no prompt and completion, keys: ['completion']", dict(completion="c")),
+    ("no prompt and completion, keys: ['chosen']", dict(chosen="no marker")),
+    ("no prompt and completion, keys: []", {}), ("no prompt and completion, keys: []", "[1]"),
+    ("no prompt and completion, keys: ['question', 'completion']", dict(question="q", completion="c")),
+    ("no prompt and completion, keys: ['prompt', 'answer']", dict(prompt="p", answer="a")),
+    ("no prompt and completion, keys: ['instruction', 'output']", dict(instruction="i", output="o")),
     ("empty completion", dict(text="")), ("empty completion", dict(prompt="p", completion=" \n")),
     ("empty completion", dict(chosen="\n\nHuman: a\n\nAssistant: ")),
     ("prompt mismatch", dict(messages=turns("Hi"))), ("prompt mismatch", dict(messages=turns("Hi", "Hello", "Bye"))),
@@ -344,26 +419,23 @@ def test_text_without_bos(tmp_path):
 ])
 def test_skipped_demonstrations(kind, row, byte, tmp_path):
     source = write(tmp_path / "sft.jsonl", dict(text="good"), "", row)
-    examples, report = load_examples(source, False, byte, *LIMITS)
+    examples, report = load_examples(source, byte, *LIMITS)
     assert report == f"{source}: 1 examples of 2 rows; skipped: 1 {kind} (first {source}:3); cut: none" and len(examples) == 1
 
 
 def test_preference_rows_with_implicit_conversation(byte, tmp_path):
     source = write(tmp_path / "sft.jsonl", dict(chosen=turns("Hi", "Hello"), rejected=turns("Hi", "No")),
                    dict(prompt="Hi", chosen=turns("Hi", "Hello"), rejected=turns("Hi", "No")))
-    examples, _ = load_examples(source, False, byte, *LIMITS)
+    examples, _ = load_examples(source, byte, *LIMITS)
     assert [example_text(byte, example) for example in examples] == [("<s>[user]Hi[assistant]", "Hello</s>")] * 2
 
 
 def test_cut_demonstrations(byte, tmp_path):
     rows = [dict(prompt="0123456789", completion="abcdef"), dict(text="abcdefghijklmnop"), dict(text="abcdefghijk")]
     source = write(tmp_path / "sft.jsonl", *rows)
-    load = lambda truncation: load_examples(source, False, byte, 259, 12, 8, truncation)
-    examples, report = load("keep_end")
+    examples, report = load_examples(source, byte, 259, 12, 8)
     assert [example_text(byte, example) for example in examples] == [("<s>3456789", "abcd"), *[("<s>", "abcdefghijk")] * 2]
     assert report.endswith(f"skipped: none; cut: 1 prompt (first {source}:1), 3 response (first {source}:1)")
-    assert example_text(byte, load("keep_start")[0][0]) == ("<s>0123456", "abcd")
-    assert f"1 prompt too long (first {source}:1)" in load("drop")[1]
 
 
 # ------------------------------------------------------------------------------------------------- order, packing, dealing
@@ -437,7 +509,7 @@ def check_batch(batch, sequences):
 
 
 def random_pair(rng, longest=9):
-    return Pair(*(array("i", [rng.randrange(1, 256) for _ in range(rng.randint(1, longest))]) for _ in range(3)))
+    return Pair(*([rng.randrange(1, 256) for _ in range(rng.randint(1, longest))] for _ in range(3)))
 
 
 @pytest.mark.parametrize("shared_prompt", [True, False])
@@ -445,6 +517,7 @@ def test_collate_pairs(shared_prompt):
     rng = random.Random(0)
     for n in (1, 2, 5, 8):
         pairs = [random_pair(rng) for _ in range(n)]
+        before = copy.deepcopy(pairs)
         batch = train_pref.collate_pairs(pairs, shared_prompt, torch.device("cpu"))
         check_batch(batch, [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)])
         rows = [[*p.prompt, *p.chosen, *p.rejected] for p in pairs] if shared_prompt else [
@@ -452,11 +525,11 @@ def test_collate_pairs(shared_prompt):
         T = max(map(len, rows))
         assert batch["ids"].tolist() == [row + [0] * (T - len(row)) for row in rows]  # the prompt once, or twice
         assert (batch["segments"] >= 0).tolist() == [[t < len(row) for t in range(T)] for row in rows]
-    assert pairs == [Pair(*map(array, "iii", (p.prompt, p.chosen, p.rejected))) for p in pairs]
+        assert pairs == before
 
 
 def test_collate_pairs_by_hand(monkeypatch):
-    pairs = [Pair(*(array("i", ids) for ids in three)) for three in (([1, 2], [3, 4], [5]), ([6], [7], [8]))]
+    pairs = [Pair([1, 2], [3, 4], [5]), Pair([6], [7], [8])]
     batch = train_pref.collate_pairs(pairs, True, torch.device("cpu"))
     assert batch.pop("prompt") == 0
     assert {name: tensor.tolist() for name, tensor in batch.items()} == dict(
@@ -477,10 +550,13 @@ def test_collate_examples():
     for _ in range(20):
         examples = []
         for _ in range(rng.randint(1, 12)):
-            ids = array("i", [rng.randrange(1, 256) for _ in range(rng.randint(2, 12))])
-            examples.append(Example(ids, rng.randint(1, len(ids) - 1)))
-        rows = [[examples[i] for i in row] for row in pack([len(example.ids) for example in examples], 16)]
+            ids = [rng.randrange(1, 256) for _ in range(rng.randint(2, 12))]
+            first = rng.randint(0, len(ids) - 1)
+            examples.append(Example(ids[:first], ids[first:]))
+        length = lambda example: len(example.prompt) + len(example.completion)
+        rows = [[examples[i] for i in row] for row in pack([*map(length, examples)], 16)]
         batch = train_sft.collate_examples(rows, torch.device("cpu"))
-        check_batch(batch, [(example.ids[: example.first], example.ids[example.first :]) for row in rows for example in row])
-        assert batch["ids"].shape == (len(rows), max(sum(len(example.ids) for example in row) for row in rows))
-        assert (batch["segments"] >= 0).sum(1).tolist() == [sum(len(example.ids) for example in row) for row in rows]
+        given = [example if example.prompt else (example.completion[:1], example.completion[1:]) for row in rows for example in row]
+        check_batch(batch, given)  # of a text without prompt the first token is not predicted
+        assert batch["ids"].shape == (len(rows), max(sum(map(length, row)) for row in rows))
+        assert (batch["segments"] >= 0).sum(1).tolist() == [sum(map(length, row)) for row in rows]

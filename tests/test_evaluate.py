@@ -48,6 +48,42 @@ def test_greedy_equals_transformers(tiny_llama, tmp_path, process_group, config)
         assert completions == [greedy_by_transformers(model, prompt, 20, 257)] * 3
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+def test_cached_forward_equals_transformers(tiny_llama, tmp_path, process_group, heads, kv_heads):
+    """A prompt in two pieces, then the tokens of two completions in turn, one and three at a time: logits of each completion
+    are those of transformers for the prompt and that completion alone. The other row of the batch is shorter, and padded."""
+    directory = tiny_llama(tmp_path / "m", num_attention_heads=heads, num_key_value_heads=kv_heads, attention_bias=True, mlp_bias=True)
+    policy, model = load(directory)[0], AutoModelForCausalLM.from_pretrained(directory)
+    prompts, said = [list(range(40, 49)), list(range(60, 66))], [[[7, 8, 9, 10], [20, 21, 22, 23]], [[1, 2, 3, 4], [5, 6, 7, 8]]]
+    cache = ev.Cache(policy.config, 2, 9 + 8 + 2, torch.float32, CPU)
+    length = torch.tensor([9, 6])
+
+    def forward(columns):  # of (token, position, segment) a row
+        ids, positions, segments = (torch.tensor([[cell[k] for cell in row] for row in columns]) for k in range(3))
+        with torch.no_grad():
+            return policy.logits(ev.cached_forward(policy.model, ids, positions, segments, cache))
+
+    rows = [[(token, t, 0) for t, token in enumerate(prompt)] + [(0, 0, -1)] * (9 - len(prompt)) for prompt in prompts]
+    forward([row[:4] for row in rows])
+    forward([row[4:] for row in rows])
+    found = {}
+    for first, last in ((0, 1), (1, 4)):
+        cells = [(j, t) for t in range(first, last) for j in (0, 1)]
+        logits = forward([[(said[b][j][t], int(length[b]) + t, j + 1) for j, t in cells] for b in (0, 1)])
+        found |= {(b, *cell): logits[b, k] for b in (0, 1) for k, cell in enumerate(cells)}
+    for (b, j, t), logits in found.items():
+        with torch.no_grad():
+            exact = model(torch.tensor([prompts[b] + said[b][j][: t + 1]])).logits[0, -1]
+        assert (logits - exact).abs().max() < 2e-5 * exact.abs().max(), (b, j, t)
+    cache.keep(torch.tensor([False, True]))  # the first prompt has ended
+    more = torch.tensor([[11, 12]]), torch.tensor([[10, 10]]), torch.tensor([[1, 2]])
+    with torch.no_grad():
+        logits = policy.logits(ev.cached_forward(policy.model, *more, cache))[0]
+        for j in (0, 1):
+            exact = model(torch.tensor([prompts[1] + said[1][j] + [11 + j]])).logits[0, -1]
+            assert (logits[j] - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
 def test_greedy_equals_transformers_on_stories(stories, process_group):
     policy, tokenizer, _ = load(stories)
     model = AutoModelForCausalLM.from_pretrained(stories)
@@ -389,61 +425,63 @@ def test_label(run_script, rm_dir, tmp_path):
     path, run = tmp_path / "s.jsonl", run_script("evaluate")
     path.write_text("".join(json.dumps(row) + "\n" for row in samples))
     label = lambda name, *more, **how: run("label", "--rm", rm_dir, "--samples", path, "--out", tmp_path / name, *more, **how)
-    result = label("all.jsonl", "--pairs", "all").ok()
-    assert "7 pairs of 4 prompts" in result.out and "1 empty completion" in result.out and "1 completion without a stop" in result.out
-    assert "1 pair of equal completions" in result.out and "1 prompt with fewer than two completions" in result.out
-    pairs = read(tmp_path / "all.jsonl")
-    truth = {(row["prompt"], text): score_by_transformers(rm_dir, row["prompt"], text) for row in samples[:1] + samples[3:]
-             for text in row["completions"]}
-    for pair in pairs:
-        assert pair["chosen_reward"] > pair["rejected_reward"]
-        for side in ("chosen", "rejected"):
-            assert abs(pair[f"{side}_reward"] - truth[pair["prompt"], pair[side]]) < 1e-5
-    assert len({(p["prompt"], frozenset((p["chosen"], p["rejected"]))) for p in pairs}) == 7
-    scores = read(tmp_path / "all.scores.jsonl")
-    assert abs(scores[2]["rewards"][1] - score_by_transformers(rm_dir, "three is longer:", "cut o", ended=False)) < 1e-5
-    assert abs(scores[3]["rewards"][0] - score_by_transformers(rm_dir, "four:", "")) < 1e-5
-    label("bw.jsonl").ok()
-    best_worst = read(tmp_path / "bw.jsonl")
-    one = {text: r for (prompt, text), r in truth.items() if prompt == "one:"}
-    assert (best_worst[0]["chosen"], best_worst[0]["rejected"]) == (max(one, key=one.get), min(one, key=one.get))
-    assert [p["prompt"] for p in best_worst] == ["one:", "four:"]
+    result = label("p.jsonl").ok()
+    assert "2 pairs of 4 prompts" in result.out and "1 completions of equal reward" in result.out
+    assert f"1 fewer than two completions that ended and are not empty (first {path}:3)" in result.out
+    pairs, scores = read(tmp_path / "p.jsonl"), read(tmp_path / "p.scores.jsonl")
+    for row, found in zip(samples, scores):
+        for text, stop, reward in zip(row["completions"], row.get("stops", [""] * 3), found["rewards"]):
+            assert abs(reward - score_by_transformers(rm_dir, row["prompt"], text, stop is not None)) < 1e-5
+    assert scores[1]["rewards"][0] == scores[1]["rewards"][1]
+    for pair, row, found in zip(pairs, (samples[0], samples[3]), (scores[0], scores[3])):
+        rewards = {text: reward for text, reward in zip(row["completions"], found["rewards"]) if text}  # the empty one is not taken
+        best, worst = max(rewards, key=rewards.get), min(rewards, key=rewards.get)
+        assert pair == dict(prompt=row["prompt"], chosen=best, rejected=worst, chosen_reward=rewards[best], rejected_reward=rewards[worst])
     # Two ranks, batches of one; and again after a kill between scoring and writing.
     label("two.jsonl", "--batch_size", 1, world=2).ok()
     two = read(tmp_path / "two.jsonl")
-    assert [(p["chosen"], p["rejected"]) for p in two] == [(p["chosen"], p["rejected"]) for p in best_worst]
-    about = json.loads((tmp_path / "bw.scores.about.json").read_text())
+    assert [(p["chosen"], p["rejected"]) for p in two] == [(p["chosen"], p["rejected"]) for p in pairs]
+    whole = (tmp_path / "p.jsonl").read_bytes()
+    about = json.loads((tmp_path / "p.scores.about.json").read_text())
     del about["summary"]
-    (tmp_path / "bw.scores.about.json").write_text(json.dumps(about))
-    (tmp_path / "bw.jsonl").unlink()
-    (tmp_path / "bw.scores.jsonl").write_text("".join((tmp_path / "bw.scores.jsonl").read_text().splitlines(keepends=True)[1:3]) + '{"ind')
-    label("bw.jsonl").ok()
-    again = read(tmp_path / "bw.jsonl")
-    assert again == [{k: pytest.approx(v, abs=1e-6) if isinstance(v, float) else v for k, v in pair.items()} for pair in best_worst]
-    label("bw.jsonl", "--noise", "bt").refused("noise was 'none', is 'bt'")
+    (tmp_path / "p.scores.about.json").write_text(json.dumps(about))
+    (tmp_path / "p.jsonl").unlink()
+    (tmp_path / "p.scores.jsonl").write_text("".join((tmp_path / "p.scores.jsonl").read_text().splitlines(keepends=True)[1:3]) + '{"ind')
+    label("p.jsonl").ok()
+    again = read(tmp_path / "p.jsonl")
+    assert again == [{k: pytest.approx(v, abs=1e-6) if isinstance(v, float) else v for k, v in pair.items()} for pair in pairs]
+    # Complete: said. Its pairs deleted: made anew. Changed by hand: left alone. The scores' flags other: refused.
+    assert "p.jsonl is complete" in label("p.jsonl").ok().out
+    whole = (tmp_path / "p.jsonl").read_bytes()
+    (tmp_path / "p.jsonl").unlink()
+    assert "is complete" not in label("p.jsonl").ok().out and (tmp_path / "p.jsonl").read_bytes() == whole
+    (tmp_path / "p.jsonl").write_bytes(whole[:-20])
+    label("p.jsonl").refused("p.jsonl holds something else", "choose another --out")
+    assert (tmp_path / "p.jsonl").read_bytes() == whole[:-20]
+    label("p.jsonl", "--noise", "bt").refused("noise was 'none', is 'bt'")
     path.write_text('{"prompt": "p"}\n')
     label("bad.jsonl").refused(f"{path}:1", "as `sample` writes them")
 
 
-def test_pairs_are_drawn_as_said():
-    """Noise: the better one is chosen with probability sigmoid(difference)."""
+def test_noise_is_as_people_would():
+    """The better one is chosen with probability sigmoid(difference), the same each time."""
     from types import SimpleNamespace
 
-    def pairs(prompt, texts, rewards, left=None, **how):
-        row = dict(prompt=prompt, completions=texts, stops=[""] * len(texts))
-        return ev.choose_pairs(row, rewards, "</s>", SimpleNamespace(seed=0, **how), left.append if left is not None else None)
+    def pair(prompt, rewards, noise="bt"):
+        row = dict(prompt=prompt, completions=["a", "b", "c"], stops=[""] * 3)
+        return ev.choose_pair(row, rewards, "</s>", SimpleNamespace(seed=0, noise=noise))
 
     n, wins = 4000, 0
     for k in range(n):
-        (pair,) = pairs(f"p{k}", ["a", "b", "c"], [0.0, 1.0, 0.3], pairs="best_worst", noise="bt")
-        assert {pair["chosen"], pair["rejected"]} == {"a", "b"}
-        assert pair["chosen_reward"] == dict(a=0.0, b=1.0)[pair["chosen"]]
-        wins += pair["chosen"] == "b"
+        found = pair(f"p{k}", [0.0, 1.0, 0.3])
+        assert {found["chosen"], found["rejected"]} == {"a", "b"} and found["chosen_reward"] == dict(a=0.0, b=1.0)[found["chosen"]]
+        wins += found["chosen"] == "b"
     p = 1 / (1 + math.exp(-1.0))
     assert abs(wins - n * p) < 3.5 * math.sqrt(n * p * (1 - p))
-    assert pairs("far", ["a", "b"], [-1e4, 1e4], pairs="all", noise="bt")[0]["chosen"] == "b"
-    left = []
-    assert pairs("tie", ["a", "b"], [1.0, 1.0], left, pairs="all", noise="none") == [] and left == ["pair of equal rewards"]
+    assert pair("p7", [0.0, 1.0, 0.3]) == pair("p7", [0.0, 1.0, 0.3])
+    assert pair("far", [-1e4, 1e4, 0.0])["chosen"] == "b" and pair("p", [0.0, 1.0, 0.3], "none")["chosen"] == "b"
+    with pytest.raises(ev.SkipRow, match="equal reward"):
+        pair("tie", [1.0, 1.0, 1.0])
 
 
 def test_labelled_pairs_train(run_script, policy_dir, prompt_file, rm_dir, tmp_path):
@@ -594,6 +632,194 @@ def test_flags_say_what_is_wrong(run_script, tmp_path):
                         (["sample", "--out", "s.jsonl", "--model", "m"], ["--data is missing"]),
                         (["golden", "--rm", "x", "run"], ["--ref is missing"]),
                         (["sample", "--out", "s.txt"], [".jsonl"]),
-                        (["label", "--samples", "s.jsonl", "--out", "p.jsonl", "--pairs", "most"], ["--pairs", "most"])):
+                        (["label", "--samples", "s.jsonl", "--out", "p.jsonl", "--noise", "most"], ["--noise", "most"])):
         result = run(*argv)
         assert result.code == (1 if "s.txt" in argv else 2) and "Traceback" not in result.err and all(word in result.err for word in words), result.err
+
+
+# ------------------------------------------------------------------------------------------- how a response ends, and ties
+EOT = 259  # the byte tokenizer's next id
+CHAT = ("{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}[{{ m.role }}]{{ m.content }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def chat_dirs(policy_dir, rm_dir, tmp_path_factory):
+    """The policy and the reward model with a chat template that ends a turn with <|eot|>, which is not the tokenizer's EOS."""
+    import shutil
+
+    from conftest import byte_tokenizer
+
+    found = []
+    for name, directory in (("policy", policy_dir), ("rm", rm_dir)):
+        found.append(shutil.copytree(directory, tmp_path_factory.mktemp("chat") / name))
+        byte_tokenizer(found[-1], chat_template=CHAT, additional_special_tokens=["<|eot|>"])
+    return found
+
+
+def ids_of(directory, text):
+    return AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
+
+
+def reward_of_ids(rm_dir, ids):
+    with torch.no_grad():
+        return AutoModelForSequenceClassification.from_pretrained(rm_dir)(torch.tensor([ids])).logits[0, 0].item()
+
+
+def test_a_samples_stop_is_kept_apart(run_script, chat_dirs, tmp_path):
+    """Both ends stop the sampler; the text shows neither; what was said can be put together again."""
+    policy_dir, _ = chat_dirs
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=[dict(role="user", content="hi")])) + "\n")
+    run_script("evaluate")("sample", "--model", policy_dir, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s.jsonl", "--k", 300,
+                           "--max_new_tokens", 60, "--temperature", 1, "--top_p", 1).ok()
+    (row,) = read(tmp_path / "s.jsonl")
+    policy, tokenizer, _ = load(policy_dir)
+    prompt = [256, *ids_of(policy_dir, "[user]hi"), EOT, *ids_of(policy_dir, "[assistant]")]
+    assert row["prompt"] == "[user]hi<|eot|>[assistant]" and set(row["stops"]) == {"</s>", "<|eot|>", None}
+    for text, stop, n, ids in zip(row["completions"], row["stops"], row["n_tokens"], sampled(policy, [prompt], 300, 60, [257, EOT])[0]):
+        assert n == len(ids) and stop == {257: "</s>", EOT: "<|eot|>"}.get(ids[-1]) and (stop or n == 60)
+        assert text == tokenizer.decode(ids[: len(ids) - (stop is not None)], clean_up_tokenization_spaces=False)
+        assert "<|eot|>" not in text and "</s>" not in text
+
+
+def test_labels_are_of_what_was_said(run_script, chat_dirs, tmp_path):
+    """The reward of a response is of the ids that the policy said, its own stop among them; and a trainer reads these ids in the
+    pair: EOS is what it writes itself, another stop stands in the text."""
+    _, rm_dir = chat_dirs
+    rows = [dict(prompt="sum:", completions=["4", "5"], stops=["<|eot|>", "</s>"]), dict(prompt="sum:", completions=["6", "7"], stops=["", "<x>"]),
+            dict(prompt=[dict(role="user", content="hi")], completions=["8", "9"], stops=["", ""])]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_script("evaluate")("label", "--rm", rm_dir, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").ok()
+    of = lambda *parts: [256, *itertools.chain.from_iterable([part] if isinstance(part, int) else ids_of(rm_dir, part) for part in parts)]
+    ids = {"4": of("sum:4", EOT), "5": of("sum:5", 257), "6": of("sum:6", 257), "7": of("sum:7", 257),  # <x> is no token here
+           "8": of("[user]hi", EOT, "[assistant]8", EOT), "9": of("[user]hi", EOT, "[assistant]9", EOT)}
+    exact = {text: reward_of_ids(rm_dir, of_text) for text, of_text in ids.items()}
+    for row, found in zip(rows, read(tmp_path / "p.scores.jsonl")):
+        assert found["rewards"] == pytest.approx([exact[text] for text in row["completions"]], abs=1e-5)
+    written = {"4": "4<|eot|>", "5": "5", "6": "6", "7": "7<x>", "8": [dict(role="assistant", content="8")],
+               "9": [dict(role="assistant", content="9")]}
+    pairs = read(tmp_path / "p.jsonl")
+    assert len(pairs) == 3
+    for pair, row in zip(pairs, rows):
+        worst, best = sorted(row["completions"], key=exact.get)
+        assert (pair["chosen"], pair["rejected"]) == (written[best], written[worst])
+
+
+def test_references_end_as_the_template_ends_them(run_script, chat_dirs, run_dir, tmp_path):
+    """The response of a conversation: plain text in the rows, scored with the template's stop."""
+    policy_dir, rm_dir = chat_dirs
+    import shutil
+
+    run = shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("golden*"))
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=[dict(role="user", content="hi")],
+                                                      completion=[dict(role="assistant", content="ho")])) + "\n")
+    result = run_script("evaluate")("golden", "--rm", rm_dir, "--ref", policy_dir, "--data", tmp_path / "d.jsonl", "--n", 8,
+                                    "--max_new_tokens", 12, "--keep_samples", run).ok()
+    assert "1 prompts of 1 rows" in result.out
+    (row,) = read(run / "golden_samples" / "reference.jsonl")
+    assert row["references"] == ["ho"]
+    ids = [256, *ids_of(rm_dir, "[user]hi"), EOT, *ids_of(rm_dir, "[assistant]ho"), EOT]
+    assert row["reference_rewards"] == pytest.approx([reward_of_ids(rm_dir, ids)], abs=1e-5)
+
+
+def test_refused_prompts_are_counted(run_script, chat_dirs, tmp_path):
+    """A template that refuses a prompt, or a later turn of it: that one is left out, with its place, and the others are not."""
+    policy_dir, rm_dir = chat_dirs
+    run, user = run_script("evaluate"), lambda text: [dict(role="user", content=text)]
+    samples = [dict(prompt=user(text), completions=["8", "9"]) for text in ("hi", "no", "hey")]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    result = run("label", "--rm", rm_dir, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").ok()
+    assert "2 pairs of 3 prompts; skipped: 1 refused by the chat template" in result.out and f"(first {tmp_path / 's.jsonl'}:2)" in result.out
+    result = run("sample", "--model", policy_dir, "--data", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--max_new_tokens", 3).ok()
+    assert "2 prompts of 3 rows; skipped: 1 refused by the chat template" in result.out
+    questions = [dict(question_id=n, category="math", turns=turns) for n, turns in enumerate((["hi", "ho"], ["no", "ho"], ["hi", "no"]))]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    result = run("bench", "--suite", "mt_bench", "--model", policy_dir, "--questions", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl",
+                 "--max_new_tokens", 3, "--max_prompt_length", 99).ok()
+    assert "1 answers to 3 questions; skipped: 2 refused by the chat template" in result.out
+    assert [row["question_id"] for row in read(tmp_path / "a.jsonl")] == [0]
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+def test_equal_responses_tie(rm_dir, process_group, batch_size):
+    """Among other responses, in other places of a batch and in another call: the same to the last bit, and right."""
+    from types import SimpleNamespace
+
+    known, model = {}, ev.load_model(str(rm_dir), ev.RewardModel, "fp32", CPU)[0]
+    texts = [f"post {'x' * (7 * n)}:" for n in range(6)]
+    prompts, ys = [[256, *text.encode()] for text in texts], [[[70, 71, 257], [72, 257], [70, 71, 257]]] * 6
+    args = SimpleNamespace(batch_size=batch_size)
+    first = ev.score(model, prompts, ys, args, known, "")
+    second = ev.score(model, prompts[::-1], [[[72, 257], [75] * 30, [70, 71, 257]]] * 6, args, known, "")[::-1]
+    for x, one, two in zip(prompts, first, second):
+        assert one[0] == one[2] == two[2] and one[1] == two[0] and one[0] != one[1]
+        assert abs(one[0] - reward_of_ids(rm_dir, x + [70, 71, 257])) < 1e-5
+
+
+def test_a_policy_ties_with_its_own_words(run_script, tmp_path):
+    """References that are what the greedy reference policy says, of many lengths: it wins one half, exactly, in any batch."""
+    run = run_script("evaluate")
+    run("sample", "--temperature", 0, "--k", 1, "--n", 40, "--preset", "toy", "--out", tmp_path / "s.jsonl").ok()
+    rows = [dict(prompt=row["prompt"], completion=row["completions"][0]) for row in read(tmp_path / "s.jsonl") if row["stops"] == ["</s>"]]
+    assert len(rows) > 20
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for batch_size in (2, 6, 64):
+        folder = tmp_path / f"run{batch_size}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(json.dumps(dict(pairs=8, steps=1, args=dict(batch_size=8))) + "\n")
+        run("golden", "--preset", "toy", "--data", tmp_path / "d.jsonl", "--temperature", 0, "--batch_size", batch_size, folder).ok()
+        (row,) = read(folder / "golden.jsonl")
+        assert (row["win_rate"], row["win_rate_se"]) == (0.5, 0.0)
+
+
+# -------------------------------------------------------------------------------------------- files of others, and two at once
+def test_two_samplers_on_one_output(run_script, policy_dir, prompt_file, tmp_path):
+    """While one writes, the next is refused and says who it is."""
+    import time
+
+    run, out = run_script("evaluate"), tmp_path / "s.jsonl"
+    argv = sample_args(policy_dir, prompt_file, out, "--batch_size", 1, "--max_new_tokens", 4000)
+    first = run.start(*argv)
+    end = time.monotonic() + 60
+    while not (tmp_path / "s.about.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    run(*argv).refused("s.jsonl", f"process {first[0][0].pid}")
+    first[0][0].kill()
+
+
+def test_rows_that_stand_twice(run_script, policy_dir, prompt_file, tmp_path):
+    run, out = run_script("evaluate"), tmp_path / "s.jsonl"
+    argv = sample_args(policy_dir, prompt_file, out)
+    run(*argv).ok()
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    out.write_bytes(whole + lines[3] + lines[5])
+    result = run(*argv).ok()
+    assert "2 rows stood there twice" in result.out and "is complete" in result.out and out.read_bytes() == whole
+    out.unlink()  # complete is what is there
+    assert "is complete" not in run(*argv).ok().out and out.read_bytes() == whole
+
+
+def test_files_of_others_are_left_alone(run_script, policy_dir, rm_dir, prompt_file, tmp_path):
+    run = run_script("evaluate")
+    (tmp_path / "s.jsonl").write_text(json.dumps(dict(prompt="p", completions=["a", "b"])) + "\n")
+    (tmp_path / "mine.jsonl").write_text("my notes")
+    (tmp_path / "mine.json").write_text("[]")
+    (tmp_path / "q.json").write_text(json.dumps([dict(instruction="Say 1.")]))
+    label = ["label", "--rm", rm_dir, "--samples", tmp_path / "s.jsonl", "--out"]
+    bench = ["bench", "--suite", "alpaca_eval", "--model", policy_dir, "--questions", tmp_path / "q.json", "--template", "hh",
+             "--max_new_tokens", 3, "--out"]
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    for argv in ([*label, tmp_path / "s.jsonl"], [*label, tmp_path / "mine.jsonl"], [*bench, tmp_path / "mine.json"], [*bench, tmp_path / "q.json"],
+                 sample_args(policy_dir, prompt_file, tmp_path / "mine.jsonl")):
+        run(*argv).refused(argv[-1] if argv[0] != "sample" else "mine.jsonl", "exists", "choose another --out")
+    assert {path: path.read_bytes() for path in before} == before
+    run(*bench, tmp_path / "a.txt").refused("a.txt", "must end in .json")
+
+
+@pytest.mark.parametrize("text", ["3", "[]", "{}", '{"args": 3, "of": {}}', '{"args": {}}', "not JSON", ""])
+def test_an_about_file_of_somebody_else(run_script, policy_dir, prompt_file, tmp_path, text):
+    (tmp_path / "s.about.json").write_text(text)
+    run_script("evaluate")(*sample_args(policy_dir, prompt_file, tmp_path / "s.jsonl")).refused("s.about.json")
+    assert (tmp_path / "s.about.json").read_text() == text and not (tmp_path / "s.jsonl").exists()

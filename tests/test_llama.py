@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import stat
-from array import array
 
 import pytest
 import torch
@@ -50,8 +49,8 @@ SENTENCES = ["The quick brown fox jumps over the lazy dog.",
 
 def ours(directory, device="cpu", kernel="auto", precision="fp32", compile_layers=False, checkpoint_activations=False):
     config = train_pref.read_config(directory)
-    model = train_pref.build_llama(config, torch.device(device), kernel, precision, False, compile_layers, checkpoint_activations)
-    return train_pref.load_weights(model, directory)
+    how = (torch.device(device), precision, False, compile_layers, checkpoint_activations)
+    return train_pref.load_weights(train_pref.build(lambda: train_pref.Llama(config, kernel), *how), directory)
 
 
 def theirs(directory, attention="sdpa"):
@@ -224,7 +223,7 @@ def test_smollm2(smollm, monkeypatch):
 def test_smollm2_shared_prompt(smollm):
     """Log-probs of a pair with its prompt computed once are those of two plain runs of transformers."""
     tokenizer = train_pref.load_tokenizer(smollm)
-    eos = array("i", [tokenizer.eos_token_id])
+    eos = [tokenizer.eos_token_id]
     texts = ["SUBREDDIT: r/dogs\n\nTITLE: My dog ate 2 pounds of chocolate\n\nPOST: What should I do now?\n\nTL;DR:",
              " Dog ate chocolate, what now?",
              " I have a dog and it ate a lot of chocolate, so I am asking the people of this place for advice."]
@@ -246,7 +245,7 @@ def response_logps(reference, prompt, response):
 
 def random_pairs(lengths):
     """Pairs with prompt, chosen, rejected of these lengths."""
-    row = lambda n, seed: array("i", random_ids(257, n, seed=seed).tolist())
+    row = lambda n, seed: random_ids(257, n, seed=seed).tolist()
     return [Pair(*(row(n, 10 * k + j) for j, n in enumerate(three))) for k, three in enumerate(lengths)]
 
 
@@ -383,7 +382,9 @@ def test_precisions_on_gpu(tiny_llama, tmp_path, process_group):
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 def save(directory, source, model=None):
     """What a trainer does at its end."""
-    train_pref.save_checkpoint(directory, model or ours(source), train_pref.load_tokenizer(source), source)
+    tokenizer = train_pref.load_tokenizer(source)
+    files = train_pref.model_files(source, tokenizer)
+    train_pref.save_checkpoint(directory, model or ours(source), tokenizer, files, "fp32")
     return directory
 
 
@@ -449,8 +450,9 @@ def test_sharded_safetensors(case, tiny_llama, tmp_path, monkeypatch):
     assert len(list(sharded.glob("*.safetensors"))) > 2 and not (sharded / "model.safetensors").exists()
     assert torch.equal(logits(ours(sharded), ids), logits(before, ids))
 
-    in_shards = functools.partial(train_pref.save_torch_state_dict, max_shard_size="20KB")
-    monkeypatch.setattr(train_pref, "save_torch_state_dict", in_shards)
+    save_torch_state_dict = train_pref.save_torch_state_dict
+    monkeypatch.setattr(train_pref, "save_torch_state_dict",
+                        lambda tensors, folder, max_shard_size: save_torch_state_dict(tensors, folder, max_shard_size="20KB"))
     out = save(tmp_path / "final", sharded)
     assert len(list(out.glob("*.safetensors"))) > 2
     assert torch.equal(logits(ours(out), ids), logits(before, ids))
@@ -502,7 +504,7 @@ def test_refused_configs(case, tiny_llama, tmp_path):
     with pytest.raises(UserError) as error:
         train_pref.read_config(directory)
     for word in [*words, "config.json"]:
-        assert word in str(error.value)
+        assert word in str(error.value).replace("Missing", "missing")  # transformers' own word
 
 
 def test_refused_config_files(tiny_llama, tmp_path):
@@ -576,33 +578,47 @@ def test_pickled_weights_are_not_read(tiny_llama, tmp_path):
     (directory / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "model.pt"):
         (directory / name).write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(UserError, match="no model.safetensors.*pickle"):
+    with pytest.raises(UserError, match="model.safetensors: no whole safetensors file.*pickle"):
         ours(directory)
     assert not (tmp_path / "executed").exists()
 
 
-def test_damaged_checkpoint(tiny_llama, tmp_path):
-    """One flipped bit in any file of a checkpoint of ours, or a file gone, is named before anything is used."""
+def test_damaged_checkpoint(tiny_llama, tmp_path, capsys):
+    """One flipped bit in the weights of a checkpoint of ours, or any file gone, is refused by name before anything is used;
+    a text that somebody edited is named, and used."""
     out = save(tmp_path / "step_000001", tiny_llama(tmp_path / "m"))
     train_pref.verify(out)
     names = {path.name for path in out.iterdir()} - {"manifest.json"}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     for path in (out / name for name in names):
         good = path.read_bytes()
-        path.write_bytes(good[:-20] + bytes([good[-20] ^ 1]) + good[-19:])
-        with pytest.raises(UserError, match=path.name):
+        capsys.readouterr()
+        if path.suffix == ".safetensors":
+            path.write_bytes(good[:-20] + bytes([good[-20] ^ 1]) + good[-19:])
+            with pytest.raises(UserError, match=path.name):
+                ours(out)
+        else:
+            path.write_bytes(good + b"\n")
             ours(out)
+            assert f"warning: {path} was edited" in capsys.readouterr().out
         path.unlink()
         with pytest.raises(UserError, match=path.name):
             train_pref.verify(out)
         path.write_bytes(good)
+    (out / "extra.safetensors").write_bytes((out / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="extra.safetensors"):
+        ours(out)
+    (out / "extra.safetensors").unlink()
+    capsys.readouterr()
     ours(out)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_find_model(tmp_path):
-    assert train_pref.find_model(str(tmp_path)) == tmp_path
+    assert train_pref.find_model(str(tmp_path)) == train_pref.find_model(f"{tmp_path}/config.json") == tmp_path
     (tmp_path / "file").touch()
-    for name in (tmp_path / "nowhere", tmp_path / "file", "./nowhere", "a/b/c"):
+    (tmp_path / "small-config.json").touch()  # another shape than the directory's config.json
+    for name in (tmp_path / "nowhere", tmp_path / "file", tmp_path / "small-config.json", "./nowhere", "a/b/c"):
         with pytest.raises(UserError, match="no such model directory"):
             train_pref.find_model(str(name))
     with pytest.raises(UserError, match="no-such-user/no-such-model"):  # HF_HUB_OFFLINE is set: nothing is asked

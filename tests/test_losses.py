@@ -5,7 +5,6 @@ code under test, so what is compared is the arithmetic on them.
 """
 
 import math
-from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,13 +105,14 @@ def test_values(flags, dtype):
     logps, (lw, ll) = make_logps(500, dtype, largest=largest)
     losses, weights = tp.preference_loss(tp.parse_args(flags.split()), *logps, lw, ll)
     base, expected_weights = oracle(flags, logps, lw, ll)
+    assert not weights.requires_grad
     assert losses.dtype == weights.dtype == dtype and losses.shape == weights.shape == (500,)
     # float32: the log-ratios keep the rounding of a subtraction near 60 (4e-6 nats), and exp makes that relative
     rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (2e-5, 1e-6)
     np.testing.assert_allclose(weights.numpy(), expected_weights, rtol=rtol, atol=0)
     if "chi_po" in flags:  # differences of exponentials up to exp(20)
         rtol = 1e-9 if dtype == torch.float64 else 1e-3
-    np.testing.assert_allclose(losses.numpy(), expected_weights * base, rtol=rtol, atol=atol)
+    np.testing.assert_allclose((weights * losses).numpy(), expected_weights * base, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("flags", CASES)
@@ -120,8 +120,8 @@ def test_gradients(flags):
     """Autograd against central differences of the numpy oracle, the weight held fixed: it is detached."""
     logps, (lw, ll) = make_logps(100, torch.float64, seed=1, largest=4.0)
     logps = [x.requires_grad_() for x in logps]
-    losses, _ = tp.preference_loss(tp.parse_args(flags.split()), *logps, lw, ll)
-    grads = torch.autograd.grad(losses.sum(), logps)
+    losses, weights = tp.preference_loss(tp.parse_args(flags.split()), *logps, lw, ll)
+    grads = torch.autograd.grad((weights * losses).sum(), logps)
     values = [x.detach().numpy() for x in logps]
     _, weights = oracle(flags, values, lw, ll)
     step = 1e-4
@@ -146,7 +146,7 @@ def test_weighted_gradient_is_weight_times_gradient(base, dtype):
     grads = {}
     for loss in (base, f"is_{base}"):
         losses, weights = tp.preference_loss(tp.parse_args(["--loss", loss]), *logps, *lengths)
-        grads[loss] = torch.autograd.grad(losses.sum(), logps)
+        grads[loss] = torch.autograd.grad((weights * losses).sum(), logps)
     assert weights.std() > 0 and not weights.requires_grad
     for plain, weighted in zip(grads[base], grads[f"is_{base}"]):
         torch.testing.assert_close(weighted, weights * plain, rtol=1e-6, atol=0)
@@ -158,7 +158,8 @@ def test_formulas_by_hand():
     lw, ll = (torch.tensor([x], dtype=torch.float64) for x in (4.0, 2.0))
 
     def value(flags):
-        return tp.preference_loss(tp.parse_args(["--beta", "0.1", *flags.split()]), pc, pr, rc, rr, lw, ll)[0].item()
+        losses, weights = tp.preference_loss(tp.parse_args(["--beta", "0.1", *flags.split()]), pc, pr, rc, rr, lw, ll)
+        return (weights * losses).item()
 
     dpo = math.log(1 + math.exp(-0.3))
     assert value("--loss dpo") == pytest.approx(dpo, rel=1e-12)
@@ -189,7 +190,7 @@ def test_no_overflow_at_extreme_log_ratios():
     lengths = torch.ones(4), torch.ones(4)
     for loss in tp.LOSS_FLAGS:
         losses, weights = tp.preference_loss(tp.parse_args(["--loss", loss]), *logps, *lengths)
-        grads = torch.autograd.grad(losses.sum(), logps[:2])
+        grads = torch.autograd.grad((weights * losses).sum(), logps[:2])
         assert all(x.isfinite().all() for x in (losses, weights, *grads)), loss
 
 
@@ -248,7 +249,8 @@ def test_a_weight_at_the_cap_counts_as_capped():
 
 
 def ours(flags, logps, lengths):
-    return tp.preference_loss(tp.parse_args(flags.split()), *logps, *lengths)[0]
+    losses, weights = tp.preference_loss(tp.parse_args(flags.split()), *logps, *lengths)
+    return weights * losses
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5])
@@ -288,7 +290,7 @@ def test_trl_rpo(trl_setup):
 
 @pytest.mark.parametrize("shared_prompt", [True, False], ids=["shared", "plain"])
 @pytest.mark.parametrize("trl_type, flags", [("sigmoid", "--loss dpo"), ("ipo", "--loss ipo --length_average")])
-def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt):
+def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt, process_group):
     """The same text, policy and reference through TRL's tokenization, collator, forward and loss, and through ours: equal ids,
     loss and gradient of every parameter. float32."""
     trainer, setup = trl_setup.trainer, trl_setup
@@ -303,13 +305,14 @@ def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt):
     data = setup.tmp / "pairs.jsonl"
     data.write_text("".join(tp.json.dumps(row) + "\n" for row in setup.rows))
     tokenizer = tp.load_tokenizer(setup.policy_dir)
-    pairs, index, _ = tp.load_pairs(str(data), False, tokenizer, 272, 128, 96, "keep_end")
-    assert index.tolist() == list(range(6))
+    rows = list(enumerate(tp.read_rows(str(data), False, {})))
+    numbered = list(tp.token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, 272, 128, 96))
+    assert [number for number, _ in numbered] == list(range(6))
+    pairs = [tp.Pair(*ids) for _, ids in numbered]
     for pair, example in zip(pairs, examples):
-        assert [list(pair.prompt), list(pair.chosen), list(pair.rejected)] == [
-            list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
-    how = dict(device="cpu", kernel="torch", precision="fp32", shard=False, compile_layers=False, checkpoint_activations=False)
-    policy, ref = (tp.load_weights(tp.build_llama(tp.read_config(d), **how), d) for d in (setup.policy_dir, setup.ref_dir))
+        assert list(pair) == [list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
+    policy, ref = (tp.load_weights(tp.build(lambda: tp.Llama(tp.read_config(d), "torch"), "cpu", "fp32"), d)
+                   for d in (setup.policy_dir, setup.ref_dir))
     batch = tp.collate_pairs(pairs, shared_prompt, "cpu")
     logps = policy(**batch)[0].view(-1, 2)
     with torch.no_grad():
@@ -355,8 +358,8 @@ def test_weights_forced_to_one(base):
     args = rc + rho, rr - rho, rc, rr
     lengths = torch.ones_like(rho), torch.ones_like(rho)
     plain = tp.preference_loss(tp.parse_args(["--loss", base]), *args, *lengths)[0]
-    weighted, weights = tp.preference_loss(tp.parse_args(["--loss", f"is_{base}"]), *args, *lengths)
-    assert (weights == 1).all() and torch.equal(plain, weighted)
+    losses, weights = tp.preference_loss(tp.parse_args(["--loss", f"is_{base}"]), *args, *lengths)
+    assert (weights == 1).all() and torch.equal(plain, weights * losses)
 
 
 @pytest.mark.parametrize("log_eps", [0.0, 0.5, 1.0, 3.0])
@@ -388,6 +391,60 @@ def test_a_rejected_response_that_became_likelier_raises_the_weight():
     pr = torch.tensor([-51.0, -50.0, -49.5])
     weights = tp.importance_weights(pc, pr, rc, rr, log_eps=1.0)
     torch.testing.assert_close(weights, torch.tensor([math.exp(-1), 1.0, math.exp(0.5)]))
+
+
+def oracle_ess(log_weights, power, log_eps):
+    """(sum w^a)^2 / sum w^2a of the capped weights, in pairs; float64."""
+    weights = np.minimum(np.exp(np.asarray(log_weights, np.float64)), np.exp(2 * log_eps)) ** power
+    return weights.sum() ** 2 / (weights**2).sum()
+
+
+@pytest.mark.parametrize("n", [2, 7, 64])
+@pytest.mark.parametrize("log_eps", [0.0, 1.0, math.inf])
+@pytest.mark.parametrize("ess_target", [0.1, 0.5, 0.9])
+def test_ess_power_is_the_largest(ess_target, log_eps, n):
+    """At the power the effective sample size is at the target, or the power is 1; at any larger one it is below."""
+    for seed in range(20):
+        log_weights = np.random.default_rng(seed).normal(-4, 10 ** np.random.default_rng(seed).uniform(-1, 1), n)
+        power = tp.ess_power(torch.tensor(log_weights), ess_target=ess_target, log_eps=log_eps)
+        assert 0 <= power <= 1 and oracle_ess(log_weights, power, log_eps) >= ess_target * n * (1 - 1e-9)
+        if power < 1:
+            larger = np.linspace(power + 1e-6, 1, 1000)
+            assert max(oracle_ess(log_weights, a, log_eps) for a in larger) < ess_target * n
+
+
+def test_ess_power_of_two_weights():
+    """Weights 1 and r = exp(-x): (1 + r^a)^2 = 2 t (1 + r^2a) is a quadratic in r^a, whose root is (1 - sqrt(1 - s^2)) / s, s = 2t - 1."""
+    for x in (3.0, 20.0, 500.0):
+        for t in (0.6, 0.75, 0.95):
+            s = 2 * t - 1
+            expected = -math.log((1 - math.sqrt(1 - s**2)) / s) / x
+            for dtype in (torch.float32, torch.float64):
+                log_weights = torch.tensor([-7.0, -7.0 - x], dtype=dtype)
+                assert tp.ess_power(log_weights, ess_target=t, log_eps=1.0) == pytest.approx(min(1, expected), rel=1e-9)
+
+
+def test_ess_power_at_its_ends():
+    """1 where nothing is wanted, where the weights are equal, and where the cap makes them so; a half of one pair is one pair."""
+    spread = torch.tensor([-30.0, -3.0, 0.0, 9.0])
+    power = lambda log_weights, t, log_eps=1.0: tp.ess_power(log_weights, ess_target=t, log_eps=log_eps)
+    assert power(spread, 0.0) == power(torch.full((5,), -40.0), 0.99) == power(torch.tensor([3.0, 80.0]), 0.99) == 1
+    assert power(torch.tensor([-600.0]), 0.5) == 1
+    assert power(torch.tensor([3.0, 80.0]), 0.99, math.inf) < 0.01  # ... and not where there is no cap
+    assert 0 < power(spread, 0.9) < power(spread, 0.5) < 1
+
+
+@pytest.mark.parametrize("base", ["dpo", "ipo"])
+def test_ess_power_in_the_loss(base):
+    """w^a times the loss, with no gradient through w or a."""
+    logps, lengths = make_logps(16, torch.float64, seed=21, largest=10.0)
+    logps = [x.requires_grad_() for x in logps]
+    plain = tp.preference_loss(tp.parse_args(["--loss", base]), *logps, *lengths)[0]
+    losses, weights = tp.preference_loss(tp.parse_args(["--loss", f"is_{base}"]), *logps, *lengths, 0.3)
+    expected = oracle_weight(*(x.detach().numpy() for x in logps), 1.0) ** 0.3
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-12)
+    ours, theirs = (torch.autograd.grad(x.sum(), logps[0], retain_graph=True)[0] for x in (losses, torch.tensor(expected) * plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
@@ -433,13 +490,14 @@ def test_length_dpo_sign():
 
 
 def test_unknown_loss():
-    zero = torch.zeros(1)
-    with pytest.raises(ValueError, match="simpo"):
-        tp.preference_loss(Namespace(loss="simpo"), zero, zero, zero, zero, zero, zero)
+    with pytest.raises(tp.UserError, match="simpo.*is_dpo") as caught:
+        tp.parse_args(["--loss", "simpo"])
+    assert caught.value.code == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
-@pytest.mark.parametrize("flags", ["--loss dpo", "--loss is_dpo --log_eps 0.5", "--loss is_ipo --log_eps inf", "--loss chi_po"])
+@pytest.mark.parametrize("flags", ["--loss dpo", "--loss is_dpo --log_eps 0.5", "--loss is_ipo --log_eps inf", "--loss chi_po",
+                                   "--loss is_dpo --ess_target 0.6"])
 def test_metrics(flags):
     (pc, pr, rc, rr), lengths = make_logps(101, torch.float64, seed=10, largest=20.0)
     rc[:5] = rr[:5] = -32.0
@@ -452,11 +510,20 @@ def test_metrics(flags):
     cap = 2 * args.log_eps
     weighted = args.loss.startswith("is_")
     weights = np.exp(np.minimum(total, cap)) if weighted else np.ones(101)
+    power = 1.0
+    if args.ess_target:  # on a grid, then finer around the place: the effective sample size falls as the power grows
+        grid, step = np.linspace(0, 1, 1001), 1e-3
+        for _ in range(4):
+            power = max(a for a in grid if oracle_ess(total, a, args.log_eps) >= 0.6 * 101)
+            grid, step = np.linspace(power, power + step, 1001), step / 1000
+        assert 0.01 < power < 0.99
+        weights = weights**power
     logps = pc, pr, rc, rr
     base = {"dpo": lambda: oracle_dpo(*logps, 0.1), "is_dpo": lambda: oracle_dpo(*logps, 0.1),
             "is_ipo": lambda: oracle_ipo(*logps, 0.1), "chi_po": lambda: oracle_chi_po(*logps, 0.1, 10.0)}[args.loss]()
     expected = {
         "loss": np.mean(weights * base),
+        "loss/unweighted": np.mean(base),
         "rewards/chosen": np.mean(0.1 * rho_w),
         "rewards/rejected": np.mean(0.1 * rho_l),
         "rewards/margins": np.mean(0.1 * rho_w) - np.mean(0.1 * rho_l),
@@ -468,6 +535,7 @@ def test_metrics(flags):
         "weights/mean": np.mean(weights),
         "weights/ess": np.sum(weights) ** 2 / np.sum(weights**2),
         "weights/capped": np.mean(total >= cap),
+        "weights/power": power,
         "weights/log_p10": np.percentile(total, 10),
         "weights/log_p50": np.percentile(total, 50),
         "weights/log_p90": np.percentile(total, 90),

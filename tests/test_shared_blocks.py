@@ -10,10 +10,19 @@ import difflib
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^# --- shared: (?P<name>\w+) \((?P<scripts>[\w, ]+)\) ---\n.*?^# --- end shared: (?P=name) ---\n", re.S | re.M)
 # What each script says for itself: its entry point, its flags and what their values stand for.
 OWN = {"main", "parse_args", "PAPER", "PRESETS", "RECIPES"}
+
+
+HEADING = re.compile(r"^# =+ Shared by the scripts: read it once\n", re.M)
+COLUMNS = 120
+# Lines at most: a reader's time. Shared: all blocks of a script but the losses, which stand where it is about them.
+LINES = {"train_pref.py": 1080, "train_sft.py": 880, "train_rm.py": 950, "evaluate.py": 1600, "bandit.py": 480,
+         "kernels/logprob.py": 460, "shared": 620}
 
 
 def scripts(root=ROOT):
@@ -91,6 +100,49 @@ def test_scripts_import_no_script():
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not {m.split(".")[0] for m in modules} & set(scripts()), f"{script}.py imports a script"
+
+
+def out_of_place(text):
+    """What of a script's shared blocks, but its losses, stands outside one last stretch under the one heading."""
+    held = {name: block for name, (_, block) in blocks(text).items() if name != "losses"}
+    if not held:
+        return [] if not HEADING.search(text) else ["a heading without blocks"]
+    before, *stretches = HEADING.split(text)
+    if len(stretches) != 1:
+        return [f"{len(stretches)} headings"]
+    found = [f"{name} stands before the heading" for name, block in held.items() if block in before]
+    left = BLOCK.sub("", stretches[0]).replace('if __name__ == "__main__":\n    guard(main)\n', "").strip()
+    return found + ([f"between or after the blocks: {left[:200]}"] if left else [])
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_blocks_stand_in_one_last_stretch(script):
+    assert not out_of_place(scripts()[script])
+
+
+def test_a_block_out_of_place_is_seen():
+    text = scripts()["train_pref"]
+    heading, block = HEADING.search(text)[0], blocks(text)["step"][1]
+    moved = text.replace(block, "")
+    assert out_of_place(moved.replace(heading, block + heading)) == ["step stands before the heading"]
+    assert out_of_place(text.replace(heading, "")) == ["0 headings"]
+    assert out_of_place(text.replace(block, heading + block)) == ["2 headings"]
+    assert "between" in out_of_place(text.replace(block, "LIMIT = 3\n" + block))[0]
+    assert "after" in out_of_place(text + "\nguard(main)\n")[0]
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")]), ids=lambda path: path.name)
+def test_columns(path):
+    assert not [k for k, line in enumerate(path.read_text().splitlines(), 1) if len(line) > COLUMNS]
+
+
+@pytest.mark.parametrize("what", LINES)
+def test_lines(what):
+    if what == "shared":
+        texts = [[block for name, (_, block) in blocks(text).items() if name != "losses"] for text in scripts().values()]
+    else:
+        texts = [[(ROOT / what).read_text()]]
+    assert max(sum(len(part.splitlines()) for part in text) for text in texts) <= LINES[what]
 
 
 def fix(source, root=ROOT):

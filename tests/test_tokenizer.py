@@ -2,16 +2,22 @@
 
 import base64
 import copy
+import datetime
 import gzip
 import json
-from array import array
+import math
+import random
 
 import pytest
+import torch
 from conftest import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from train_pref import Report, SkipRow, UserError, cut_prompt, cut_response, encode, load_tokenizer, render_chat
+import train_pref
+from train_pref import (SkipRow, UserError, cut_prompt, encode, encode_after, end_response, load_tokenizer, render_chat,
+                        stop_ids, template_stop, token_rows)
 
 # Text and its ids in Llama 3's vocabulary. Non-ASCII is escaped, so that no editor can normalize it.
 LLAMA3_IDS = [
@@ -82,7 +88,7 @@ def llama3(meta, tmp_path_factory):
 @pytest.mark.parametrize(("text", "ids"), LLAMA3_IDS, ids=[ascii(text)[1:-1][:20] or "empty" for text, _ in LLAMA3_IDS])
 def test_llama3_ids(text, ids, llama3, meta):
     assert meta.encode(text, bos=False, eos=False) == ids
-    assert encode(llama3, [text], 128256)[0].tolist() == ids
+    assert encode(llama3, [text], 128256)[0] == ids
     assert llama3.decode(ids) == text  # and back, spaces before punctuation included
 
 
@@ -91,14 +97,14 @@ def test_llama3_special_tokens(llama3, meta):
     assert (llama3.bos_token_id, llama3.eos_token_id) == (meta.bos_id, meta.eos_id) == (128000, 128001)
     assert len(meta.special_tokens) == 256
     for name, number in meta.special_tokens.items():
-        assert encode(llama3, [name, f"a{name}b"], 128256) == [array("i", [number]), array("i", [64, number, 65])]
+        assert encode(llama3, [name, f"a{name}b"], 128256) == [[number], [64, number, 65]]
         assert llama3.decode([number], skip_special_tokens=True) == ""
 
 
 def test_llama3_special_text(llama3, meta):
     """As everywhere in transformers the text of a special token is that token, unless split_special_tokens is set."""
     assert meta.encode(SPECIAL_TEXT, bos=False, eos=False, allowed_special="all") == SPECIAL_PARSED
-    assert encode(llama3, [SPECIAL_TEXT], 128256)[0].tolist() == SPECIAL_PARSED
+    assert encode(llama3, [SPECIAL_TEXT], 128256)[0] == SPECIAL_PARSED
     assert meta.encode(SPECIAL_TEXT, bos=False, eos=False) == SPECIAL_PLAIN
     assert llama3(SPECIAL_TEXT, add_special_tokens=False, split_special_tokens=True).input_ids == SPECIAL_PLAIN
 
@@ -115,7 +121,7 @@ def test_llama3_corpus(llama3, meta, shared):
     texts = posts(shared, 100)
     assert sum(map(len, texts)) > 100_000
     for text, ids in zip(texts, encode(llama3, texts, 128256), strict=True):
-        assert ids.tolist() == meta.encode(text, bos=False, eos=False)
+        assert ids == meta.encode(text, bos=False, eos=False)
 
 
 def test_llama3_save_and_reload(llama3, tmp_path):
@@ -135,7 +141,7 @@ def test_auto_tokenizer(name, request, shared):
     texts = [text for text, _ in LLAMA3_IDS] + posts(shared, 400)
     assert len(texts) > 1000  # encode works through a thousand at a time
     found = encode(tokenizer, texts, 49152)
-    assert [ids.tolist() for ids in found] == [auto(text, add_special_tokens=False).input_ids for text in texts]
+    assert found == [auto(text, add_special_tokens=False).input_ids for text in texts]
 
 
 def test_encode_adds_nothing(tmp_path):
@@ -148,7 +154,7 @@ def test_encode_adds_nothing(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer("ab").input_ids == [256, 64, 65, 257]
-    assert [ids.tolist() for ids in encode(tokenizer, ["abcde", "", "b"], 259)] == [[64, 65, 66, 67, 68], [], [65]]
+    assert encode(tokenizer, ["abcde", "", "b"], 259) == [[64, 65, 66, 67, 68], [], [65]]
     assert encode(tokenizer, [], 259) == []
 
 
@@ -190,7 +196,7 @@ SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x
 
 def test_sentencepiece_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE)
-    with pytest.raises(UserError, match="tokenizer.model is not tiktoken's format.*SentencePiece"):
+    with pytest.raises(UserError, match="a SentencePiece model needs its tokenizer.json.*tokenizer.model"):
         load_tokenizer(tmp_path)
 
 
@@ -199,14 +205,14 @@ def test_tokenizer_model_is_read_each_time(tmp_path):
     the same relative path in another project, would be taken for it."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(SENTENCEPIECE)
-    with pytest.raises(UserError, match="tiktoken"):
+    with pytest.raises(UserError, match="SentencePiece"):
         load_tokenizer(tmp_path)
     path.write_bytes(b"".join(base64.b64encode(bytes([k])) + b" %d\n" % k for k in range(256)))
-    assert encode(load_tokenizer(tmp_path), ["ab<|end_of_text|>"], 512)[0].tolist() == [97, 98, 257]
+    assert encode(load_tokenizer(tmp_path), ["ab<|end_of_text|>"], 512)[0] == [97, 98, 257]
 
 
 # ---------------------------------------------------------------------------------------------------------- BOS, EOS, cuts
-BOS, EOS = 256, 257
+BOS, EOS, EOT = 256, 257, 258  # EOT stands for a chat template's own stop
 
 
 @pytest.fixture(scope="module")
@@ -224,54 +230,143 @@ def no_bos(tmp_path_factory):
     return load_tokenizer(directory)
 
 
-@pytest.mark.parametrize(("ids", "limit", "truncation", "expected", "cuts"), [
-    ([1, 2, 3], 4, "keep_end", [BOS, 1, 2, 3], 0),  # fits exactly
-    ([BOS, 1, 2, 3], 4, "keep_end", [BOS, 1, 2, 3], 0),  # the template wrote BOS: still one
-    ([BOS, 1, 2, 3], 4, "drop", [BOS, 1, 2, 3], 0),
-    ([BOS, BOS, 1], 4, "keep_end", [BOS, BOS, 1], 0),  # a second one belongs to the text
-    ([1, 2, 3, 4], 4, "keep_end", [BOS, 2, 3, 4], 1),  # BOS is kept, whatever is cut
-    ([BOS, 1, 2, 3, 4], 4, "keep_end", [BOS, 2, 3, 4], 1),
-    ([1, 2, 3, 4], 4, "keep_start", [BOS, 1, 2, 3], 1),
-    ([1, 2, 3], 1, "keep_end", [BOS], 1),
-    ([1, 2, 3], 1, "keep_start", [BOS], 1),
-    ([], 4, "keep_end", [BOS], 0),  # an empty prompt: BOS predicts the response
+@pytest.mark.parametrize(("ids", "limit", "expected", "cut"), [
+    ([1, 2, 3], 4, [BOS, 1, 2, 3], 0),  # fits exactly
+    ([BOS, 1, 2, 3], 4, [BOS, 1, 2, 3], 0),  # the template wrote BOS: still one
+    ([BOS, BOS, 1], 4, [BOS, BOS, 1], 0),  # a second one belongs to the text
+    ([1, 2, 3, 4], 4, [BOS, 2, 3, 4], 1),  # BOS is kept, whatever is cut
+    ([BOS, 1, 2, 3, 4], 4, [BOS, 2, 3, 4], 1),
+    ([1, 2, 3], 1, [BOS], 3),
+    ([], 4, [BOS], 0),  # an empty prompt: BOS predicts the response
 ])
-def test_cut_prompt(ids, limit, truncation, expected, cuts, byte):
-    report = Report("data")
-    assert cut_prompt(array("i", ids), byte, limit, truncation, report).tolist() == expected
-    assert report.cuts.get("prompt", (0,))[0] == cuts
+def test_cut_prompt(ids, limit, expected, cut, byte):
+    given = list(ids)
+    assert cut_prompt(given, byte, limit) == (expected, cut) and given == ids
 
 
-def test_cut_prompt_refusals(byte, no_bos):
-    with pytest.raises(SkipRow, match="prompt too long"):
-        cut_prompt(array("i", [1, 2, 3, 4]), byte, 4, "drop", Report("data"))
-    with pytest.raises(SkipRow, match="empty prompt"):  # nothing could predict the first token
-        cut_prompt(array("i"), no_bos, 4, "keep_end", Report("data"))
-    assert cut_prompt(array("i", [1, 2, 3]), no_bos, 2, "keep_end", Report("data")).tolist() == [2, 3]
-    assert cut_prompt(array("i", [1, 2, 3]), no_bos, 2, "keep_start", Report("data")).tolist() == [1, 2]
+def test_cut_prompt_without_bos(no_bos):
+    assert cut_prompt([1, 2, 3], no_bos, 2) == ([2, 3], 1)
+    assert cut_prompt([], no_bos, 4) == ([], 0)
 
 
-@pytest.mark.parametrize(("ids", "room", "expected", "cuts"), [
-    ([1, 2, 3], 4, [1, 2, 3, EOS], 0),
-    ([1, 2, 3], 9, [1, 2, 3, EOS], 0),
-    ([1, 2, 3, EOS], 4, [1, 2, 3, EOS], 0),  # not doubled
-    ([1, EOS, 3], 4, [1, EOS, 3, EOS], 0),  # one inside is not the end
-    ([1, 2, 3], 3, [1, 2, 3], 1),  # EOS would not fit: the response lost its end
-    ([1, 2, 3, EOS], 3, [1, 2, 3], 1),
-    ([1, 2, 3], 1, [1], 1),
+@pytest.mark.parametrize(("ids", "expected"), [
+    ([1, 2, 3], [1, 2, 3, EOS]),
+    ([1, 2, 3, EOS], [1, 2, 3, EOS]),  # not doubled
+    ([1, EOS, 3], [1, EOS, 3, EOS]),  # one inside is not the end
+    ([1, EOT], [1, EOT]),  # the end that is there, whichever it is
+    ([EOS, EOT], [EOS, EOT]),
 ])
-def test_cut_response(ids, room, expected, cuts, byte):
-    report, before = Report("data"), list(ids)
-    given = array("i", ids)
-    assert cut_response(given, byte, room, report).tolist() == expected
-    assert report.cuts.get("response", (0,))[0] == cuts and given.tolist() == before
+def test_end_response(ids, expected, byte):
+    given = list(ids)
+    assert end_response(given, byte, {EOS, EOT}) == expected and given == ids
 
 
-@pytest.mark.parametrize(("ids", "room", "kind"), [([1], 0, "no room"), ([1], -3, "no room"), ([], 5, "empty response"),
-                                                   ([EOS], 5, "empty response")])
-def test_cut_response_refusals(ids, room, kind, byte):
-    with pytest.raises(SkipRow, match=kind):
-        cut_response(array("i", ids), byte, room, Report("data"))
+@pytest.mark.parametrize("ids", [[], [EOS], [EOT]])
+def test_end_response_refusals(ids, byte):
+    with pytest.raises(SkipRow, match="empty response"):
+        end_response(ids, byte, {EOS, EOT})
+
+
+def tokens(tokenizer, prompt, *responses, vocab_size=259, max_length=10**6, max_prompt_length=10**5):
+    """[prompt ids, response ids ..] of one row of texts, or its SkipRow's kind."""
+    kinds = dict(skipped={}, cut={})
+    split = lambda row, tokenizer: (row[0], list(row[1:]))
+    batch = [(0, ("file:1", (prompt, *responses)))]
+    rows = list(token_rows(batch, kinds, split, tokenizer, vocab_size, max_length, max_prompt_length))
+    return rows[0][1] if rows else next(iter(kinds["skipped"]))
+
+
+def test_a_response_that_is_cut_has_no_end(byte):
+    ids = lambda text: list(byte(text, add_special_tokens=False).input_ids)
+    assert tokens(byte, "p", "abc", max_length=6) == [[BOS, *ids("p")], [*ids("abc"), EOS]]  # fits exactly
+    assert tokens(byte, "p", "abc", max_length=5) == [[BOS, *ids("p")], ids("abc")]
+    assert tokens(byte, "p", "abc</s>", max_length=5) == [[BOS, *ids("p")], ids("abc")]
+    assert tokens(byte, "p", "abc", max_length=3) == [[BOS, *ids("p")], ids("a")]
+    assert tokens(byte, "p", "abc", max_length=2) == "no room for a response"
+    assert tokens(byte, "p", "</s>") == "empty response"
+
+
+def test_no_prompt_and_no_bos(no_bos):
+    assert tokens(no_bos, "", "abc") == "empty prompt"  # nothing could predict the first token
+
+
+# ------------------------------------------------------------------------------------------------------------ SentencePiece
+# Llama 2's tokenizers begin a text with a space of their own: the ids of a response are those it has after its prompt.
+def llama2_tokenizer(directory, legacy):
+    """In the two forms that transformers writes Llama 2's tokenizer.json in, trained on the toy task's posts."""
+    spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    training = Tokenizer(models.BPE())
+    training.normalizer = spaces
+    training.pre_tokenizer = pre_tokenizers.Sequence(  # no token holds a line break, nor a space but at its beginning
+        [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split("\u2581", "merged_with_next")])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    with gzip.open(train_pref.HERE / "toy" / "pairs.jsonl.gz", "rt") as file:
+        training.train_from_iterator([json.loads(line)["prompt"] for _, line in zip(range(200), file)], trainer)
+    trained = json.loads(training.to_str())["model"]
+    vocab = trained["vocab"] | {f"<0x{k:02X}>": len(trained["vocab"]) + k for k in range(256)}
+    merges = [tuple(merge) for merge in trained["merges"]]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if legacy:
+        backend.normalizer = spaces
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(directory)
+    return load_tokenizer(directory)
+
+
+@pytest.fixture(params=["stories260K", "Llama 2, legacy", "Llama 2"])
+def sentencepiece(request, tmp_path):
+    if request.param == "stories260K":
+        return load_tokenizer(request.getfixturevalue("stories"))
+    return llama2_tokenizer(tmp_path, legacy="legacy" in request.param)
+
+
+def bare(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_it_begins_a_text_with_a_space(sentencepiece):
+    """Else the tests below say nothing."""
+    alone, after = bare(sentencepiece, "the dog"), bare(sentencepiece, "a\nthe dog")
+    assert after[-len(alone) :] != alone and sentencepiece.decode(alone) == "the dog"
+
+
+def test_ids_of_real_responses(sentencepiece, shared):
+    with gzip.open(shared / "data" / "tldr_pref.jsonl.gz", "rt", encoding="utf-8", newline="\n") as file:
+        rows = [json.loads(line) for _, line in zip(range(200), file)]
+    rows[::2] = [dict(prompt=row["prompt"] + "\n", chosen=row["chosen"].strip(), rejected=row["rejected"].strip())
+                 for row in rows[::2]]  # and responses that begin without a space
+    split = lambda row, tokenizer: (row["prompt"], [row["chosen"], row["rejected"]])
+    kinds = dict(skipped={}, cut={})
+    found = token_rows(list(enumerate(("", row) for row in rows)), kinds, split, sentencepiece, 10**6, 10**6, 10**5)
+    different = 0
+    for row, (_, (prompt, *responses)) in zip(rows, found, strict=True):
+        assert prompt == [sentencepiece.bos_token_id, *bare(sentencepiece, row["prompt"])]
+        for key, response in zip(("chosen", "rejected"), responses, strict=True):
+            whole = bare(sentencepiece, row["prompt"] + row[key])
+            assert [*prompt, *response] == [sentencepiece.bos_token_id, *whole, sentencepiece.eos_token_id]
+            different += response[:-1] != bare(sentencepiece, row[key])
+    assert different >= 200  # of 400
+
+
+def test_ids_after_any_prompt(sentencepiece):
+    """transformers' ids of the whole, less the prompt's where they begin it; else ids of the same text."""
+    pieces = ["the", "Dog", "=====", "\n", "\n\n", " ", "  ", "aaaa", "\u00e9", "\U0001f600", "!!!", "TL;DR:", "</s>", "<s>",
+              "0123456", "a b", "\u2581", "ing", "[/INST]"]
+    rng, merged = random.Random(0), 0
+    text = lambda n: "".join(rng.choice(pieces) + rng.choice(["", " ", " "]) for _ in range(n))
+    prompts, responses = zip(*((text(rng.randint(0, 60)), text(rng.randint(1, 5))) for _ in range(1000)))
+    for prompt, response, ids in zip(prompts, responses, encode_after(sentencepiece, prompts, responses, 10**6), strict=True):
+        head, whole = bare(sentencepiece, prompt), bare(sentencepiece, prompt + response)
+        merged += whole[: len(head)] != head
+        if whole[: len(head)] == head:
+            assert head + ids == whole, (prompt, response)
+        assert sentencepiece.decode(head + ids) == sentencepiece.decode(whole), (prompt, response)
+    assert 100 < merged < 500
 
 
 # ------------------------------------------------------------------------------------------------------------ chat templates
@@ -296,16 +391,13 @@ def assert_chat_is_whole(tokenizer, vocab_size, end_of_turn):
     """BOS and prompt, then response and EOS, are the template's own rendering of the whole, up to the end of the last turn."""
     for prompt, response in CHATS:
         texts = render_chat(tokenizer, prompt, response)
-        prompt_ids, response_ids = encode(tokenizer, texts, vocab_size)
-        report = Report("data")
-        row = cut_prompt(prompt_ids, tokenizer, 10**6, "drop", report) + cut_response(response_ids, tokenizer, 10**6, report)
+        prompt_ids, response_ids = tokens(tokenizer, *texts, vocab_size=vocab_size)
         text = tokenizer.apply_chat_template(prompt + response, tokenize=False)
         whole = tokenizer(text, add_special_tokens=False).input_ids
         end = len(whole) - whole[::-1].index(end_of_turn)
-        assert row.tolist() == whole[:end]
-        assert row.count(tokenizer.bos_token_id) == whole.count(tokenizer.bos_token_id)
+        assert prompt_ids + response_ids == whole[:end]
         asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        assert prompt_ids.tolist() == tokenizer(asked, add_special_tokens=False).input_ids  # what a server will send
+        assert prompt_ids == tokenizer(asked, add_special_tokens=False).input_ids  # what a server will send
 
 
 def test_chat_smollm2(smollm):
@@ -338,9 +430,9 @@ PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'as
 
 def test_chat_text(chat):
     tokenizer = chat(PLAIN)
-    assert render_chat(tokenizer, said("u:Hi"), said("a:Hello ")) == ("[user]Hi\n[assistant]", "Hello ")
+    assert render_chat(tokenizer, said("u:Hi"), said("a:Hello ")) == ("[user]Hi\n[assistant]", "Hello </s>")
     several = render_chat(tokenizer, said("u:Hi"), said("a:A", "u:B", "a:C"))
-    assert several == ("[user]Hi\n[assistant]", "A</s>\n[user]B\n[assistant]C")
+    assert several == ("[user]Hi\n[assistant]", "A</s>\n[user]B\n[assistant]C</s>")
 
 
 @pytest.mark.parametrize(("prompt", "response", "kind"), [
@@ -371,3 +463,148 @@ def test_chat_template_that_raises(chat):
     tokenizer = chat("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(SkipRow, match="chat template"):
         render_chat(tokenizer, said("u:Hi"), said("a:Hello"))
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[0].nothing.at.all }}", "{{ 'a' + 1 }}", "{% for %}"])
+def test_chat_template_that_fails(template, chat):
+    """Whatever the program does: one kind of skipped row, which says why."""
+    with pytest.raises(SkipRow, match="refused by the chat template \\(."):
+        render_chat(chat(template), said("u:Hi"), said("a:Hello"))
+
+
+# ------------------------------------------------------------------------------------------------------ how a response ends
+# Instruct models end a turn with a stop of the template's, which need not be the tokenizer's EOS.
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+INSTRUCT = {  # template, BOS, EOS, the template's stop, its other special tokens
+    "Llama 3": (LLAMA3_TEMPLATE, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "ChatML": (CHATML, None, "<|endoftext|>", "<|im_end|>", ["<|im_start|>"]),
+}
+
+
+@pytest.fixture(params=INSTRUCT)
+def instruct(request, tmp_path):
+    """-> directory of a tokenizer, the ids of its EOS and of its template's stop."""
+    template, bos, eos, stop, others = INSTRUCT[request.param]
+    tokenizer = byte_tokenizer(tmp_path, bos_token=bos, eos_token=eos, additional_special_tokens=[stop, *others])
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path, *tokenizer.convert_tokens_to_ids([eos, stop])
+
+
+def test_the_end_is_the_templates(instruct):
+    """A conversation's response ends where transformers' rendering of it does, but for what follows the stop."""
+    directory, eos, stop = instruct
+    tokenizer = load_tokenizer(directory)
+    assert eos != stop and {eos, stop} <= stop_ids(tokenizer) and template_stop(tokenizer) == stop
+    assert_chat_is_whole(tokenizer, 272, stop)
+    for prompt, response in CHATS:
+        _, ids = tokens(tokenizer, *render_chat(tokenizer, prompt, response), vocab_size=272)
+        assert ids[-1] == stop and eos not in ids and ids.count(stop) == (len(response) + 1) // 2 + len(response) // 2
+
+
+def test_the_end_is_the_samplers(instruct):
+    """Text that a model wrote keeps the stop it ended with, whichever; EOS ends what has none. In pairs and in
+    demonstrations."""
+    import train_sft
+
+    directory, eos, stop = instruct
+    tokenizer = load_tokenizer(directory)
+    texts = {k: tokenizer.decode([k]) for k in (eos, stop)}
+    for response, end in ((" yes" + texts[stop], stop), (" yes" + texts[eos], eos), (" yes", eos)):
+        expected = [*bare(tokenizer, " yes"), end]
+        assert tokens(tokenizer, "Is it?", response, " no", vocab_size=272)[1:] == [expected, [*bare(tokenizer, " no"), eos]]
+        prompt, (completion,) = train_sft.split_example(dict(prompt="Is it?", completion=response), tokenizer)
+        assert tokens(tokenizer, prompt, completion, vocab_size=272)[1] == expected
+    assert tokens(tokenizer, "Is it?", texts[stop], vocab_size=272) == "empty response"
+
+
+def test_a_saved_model_stops_at_both(instruct, tiny_llama, tmp_path, process_group):
+    """generation_config.json of what a trainer saves: transformers' generate ends at EOS and at the template's stop."""
+    directory, eos, stop = instruct
+    source, out = tiny_llama(tmp_path / "m"), tmp_path / "final"
+    tokenizer = load_tokenizer(directory)
+    model = train_pref.build(lambda: train_pref.Llama(train_pref.read_config(source), "torch"), "cpu", "fp32")
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    (source / "generation_config.json").unlink()
+    files = train_pref.model_files(source, tokenizer)
+    train_pref.save_checkpoint(out, train_pref.load_weights(model, source), tokenizer, files, "fp32")
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert sorted(loaded.generation_config.eos_token_id) == sorted([eos, stop])
+    for end, n_new in ((eos, 3), (stop, 3), (65, 8)):  # the third token is forced
+        def force(ids, scores):
+            scores[:, :] = -math.inf
+            scores[:, end if ids.shape[1] == 3 else 66] = 0
+            return scores
+
+        ids = loaded.generate(torch.tensor([[66]]), max_new_tokens=8, do_sample=False, pad_token_id=0, logits_processor=[force])
+        assert ids.shape[1] == 1 + n_new
+
+
+# --------------------------------------------------------------------------------------------------------------------- tools
+TOOLS = [dict(type="function", function=dict(name="weather", description="The weather of a town.", parameters=dict(
+    type="object", properties=dict(town=dict(type="string")), required=["town"])))]
+TOOL_TEMPLATE = (
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}{% for m in messages %}[{{ m.role }}]"
+    "{% if m.content %}{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}")
+
+
+def calls(town, **content):
+    call = dict(type="function", function=dict(name="weather", arguments=dict(town=town)))
+    return dict(role="assistant", tool_calls=[call]) | content
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["list", "JSON"])
+@pytest.mark.parametrize("response", [
+    [calls("Bonn", content="")], [calls("Bonn", content=None)], [calls("Bonn")], [calls("Bonn", content="I look.")],
+    said("a:It is warm."),
+    [calls("Bonn", content=None), dict(role="tool", content="18 degrees"), dict(role="assistant", content="18 degrees.")]])
+def test_tools(response, as_text, chat):
+    """Of pairs and of demonstrations: what transformers renders with tools=."""
+    import train_sft
+
+    tokenizer, prompt = chat(TOOL_TEMPLATE), said("u:Is it warm in Bonn?")
+    text = lambda messages, **how: tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False, **how)
+    asked, whole = text(prompt, add_generation_prompt=True), text(prompt + response)
+    assert '"description": "The weather of a town."' in asked and whole.startswith(asked)
+    tools = json.dumps(TOOLS) if as_text else TOOLS
+    pair = dict(prompt=prompt, chosen=response, rejected=[calls("Rome", content="")], tools=tools)
+    found = train_pref.split_pair(pair, tokenizer)
+    assert found == (asked, [whole[len(asked) :], "<call>weather" + '{"town": "Rome"}</s>'])
+    ids = tokens(tokenizer, found[0], *found[1])
+    assert ids[0] + ids[1] == [BOS, *bare(tokenizer, whole)]
+    demonstration = dict(prompt=prompt, completion=response, tools=tools)
+    assert train_sft.split_example(demonstration, tokenizer) == (asked, [whole[len(asked) :]])
+
+
+def test_tools_that_are_none(chat):
+    tokenizer = chat(TOOL_TEMPLATE)
+    plain = train_pref.split_pair(dict(prompt=said("u:Hi"), chosen=said("a:A"), rejected=said("a:B")), tokenizer)
+    for tools in (None, [], "", "[]", "null"):
+        row = dict(prompt=said("u:Hi"), chosen=said("a:A"), rejected=said("a:B"), tools=tools)
+        assert train_pref.split_pair(row, tokenizer) == plain
+    with pytest.raises(SkipRow, match="refused by the chat template"):
+        train_pref.split_pair(row | dict(tools="{not JSON"), tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- dates
+@pytest.mark.parametrize("template", [
+    "{{ strftime_now('%d %b %Y') }}",
+    "{% if strftime_now is defined %}{% set d = strftime_now(\"%d %b %Y\") %}{% else %}{% set d = 'x' %}{% endif %}{{ d }}"])
+def test_a_template_that_writes_the_date(template, chat, monkeypatch):
+    """The same ids on any day: those of Llama 3.2's own default."""
+    tokenizer, found = chat(template + PLAIN), []
+    for day in ((2025, 1, 2), (2031, 12, 31)):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(*day)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+        monkeypatch.setattr(datetime, "datetime", Clock)
+        assert str(day[0]) in tokenizer.apply_chat_template(said("u:Hi"), tokenize=False)  # the clock was moved
+        found.append(render_chat(tokenizer, said("u:Hi"), said("a:Hello")))
+    assert found == [("26 Jul 2024[user]Hi\n[assistant]", "Hello</s>")] * 2

@@ -12,18 +12,23 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 TOY = REPO / "toy"
-FILES = ["sft.jsonl.gz", "sft_eval.jsonl.gz", "rm_pairs.jsonl.gz", "rm_pairs_eval.jsonl.gz", "pairs.jsonl.gz", "pairs_eval.jsonl.gz"]
+FILES = ["sft.jsonl.gz", "sft_eval.jsonl.gz", "rm_pairs.jsonl.gz", "rm_pairs_eval.jsonl.gz", "pairs.jsonl.gz",
+         "pairs_eval.jsonl.gz", "truth_pairs.jsonl.gz", "truth_pairs_eval.jsonl.gz"]
 POST = "hugo bought tents this morning . leo found cameras after the storm . nobody said a word . tl;dr :"
 
 spec = importlib.util.spec_from_file_location("toy_make", TOY / "make.py")
 make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
+spec = importlib.util.spec_from_file_location("toy_study", TOY / "study.py")
+study = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(study)
 
 
 def rows(name):
@@ -155,7 +160,7 @@ def test_reference_policy_has_learned_the_task():
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
     uniform = torch.stack([ev.uniform_numbers(prompt, 1, 64, 0) for prompt in ids])
     samples = [ev.completion_text(ys[0], [2], tokenizer) for ys in ev.generate(policy, ids, uniform, 1.0, 1.0, [2])]
-    samples = [(text, stop is not None) for text, stop in samples]
+    samples = [(text, stop is not None) for text, stop, _ in samples]
     own = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts, samples)]
     dealt = [make.truth(p, text, ended) for p, (text, ended) in zip(prompts[1:] + prompts[:1], samples)]
     assert mean([ended for _, ended in samples]) > 0.99
@@ -187,7 +192,7 @@ def test_golden_reward_model_knows_the_truth_but_not_all_of_it(reward):
 
 
 def test_pairs_are_labelled_by_the_golden_reward_model(reward):
-    for name in FILES[4:]:
+    for name in FILES[4:6]:
         for row in rows(name)[:256]:
             for side in ("chosen", "rejected"):
                 assert abs(reward(row["prompt"], row[side]) - row[f"{side}_reward"]) < 1e-5
@@ -199,10 +204,10 @@ def test_pairs_are_labelled_by_the_golden_reward_model(reward):
 
 def test_sizes_and_fields():
     assert sum(path.stat().st_size for path in TOY.rglob("*") if "__pycache__" not in path.parts) < 4e6
-    assert [len(rows(name)) for name in FILES] == [19200, 512, 14336, 1024, 2048, 256]
+    assert [len(rows(name)) for name in FILES] == [19200, 512, 14336, 1024, 2048, 256, 2048, 256]
     for name in FILES:
         fields = ["prompt", "completion"] if "sft" in name else ["prompt", "chosen", "rejected", "chosen_truth", "rejected_truth"]
-        fields[3:3] = [] if "sft" in name or "rm" in name else ["chosen_reward", "rejected_reward"]
+        fields[3:3] = ["chosen_reward", "rejected_reward"] if name in FILES[4:6] else []
         assert all(list(row) == fields for row in rows(name))
 
 
@@ -230,6 +235,11 @@ def test_label_noise_is_bradley_terry(name):
     error = math.sqrt(sum(p * (1 - p) for p in expected)) / len(expected)
     assert abs(mean([d > 0 for d in differences]) - mean(expected)) < 3 * error
     assert 0.05 < 1 - mean(expected) < 0.4  # there is noise to speak of
+
+
+@pytest.mark.parametrize("name", FILES[6:])
+def test_truth_pairs_have_no_ties_and_no_noise(name):
+    assert all(row["chosen_truth"] > row["rejected_truth"] for row in rows(name))
 
 
 # --- --check ---
@@ -296,8 +306,107 @@ def test_truth_as_judge(tmp_path):
     assert (tmp_path / "out" / "runs0-dpo" / "metrics.jsonl").read_text() == '{"header": 1}\n'
 
 
+def test_study_trains_judges_and_goes_on(tmp_path, monkeypatch):
+    """The driver on a short plan: rows of every checkpoint, nothing twice, and what stands in no row is made again."""
+    monkeypatch.setattr(study, "ROWS", tmp_path / "rows.jsonl")
+    for name, value in dict(JUDGED=40, CHOOSING=10, KL=20, STEPS=4, EVERY=3, WARMUP=2).items():
+        monkeypatch.setattr(study, name, value)
+    command = study.METHODS["dpo"] + " --max_steps 4"
+    monkeypatch.setattr(study, "METHODS", {"dpo": command, "online": ""})
+    monkeypatch.setattr(study, "PLAN", [(method, 0.01, 1e-3, seed) for seed in (1, 10) for method in ("dpo", "online")])
+    (tmp_path / "toy10").mkdir()
+    for path in [*TOY.glob("*.gz"), TOY / "sft"]:
+        (tmp_path / "toy10" / path.name).symlink_to(path)
+    study.run(tmp_path, [10])
+    made = study.read_rows()
+    steps = [("reference", 0), ("dpo", 3), ("dpo", 4), ("online", 3), ("online", 4)]
+    assert [(row["method"], row["step"]) for row in made] == steps
+    assert made[0]["kl"] == 0 and all(row["kl"] > 0 for row in made[1:]) and all(row["kl_se"] > 0 for row in made[1:])
+    assert made[1]["ess"] == made[1]["weight"] == 1 and "ess" not in made[3]
+    assert len({row["truth"] for row in made}) > 1 and not (tmp_path / "runs" / "dpo-beta0.01-lr0.001-seed10").exists()
+    study.run(tmp_path, [10])
+    assert study.read_rows() == made
+    (tmp_path / "rows.jsonl").write_bytes(make.json_lines(made[:3]))
+    study.run(tmp_path, [10])
+    assert study.read_rows() == made
+
+
+def test_study_scores_and_log_probs():
+    """The truth of what a policy says, from the texts; the log-probs of it, by transformers in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ref, tokenizer, _ = study.ev.load_model(str(TOY / "sft"), study.ev.CausalLM, "fp32", study.CPU)
+    rng = random.Random(5)
+    prompts = [make.make_post(rng)[0] for _ in range(40)]
+    ids = study.ev.encode(tokenizer, prompts, len(make.WORDS))
+    said = study.draw(ref, ids, 2, 1.0, 1.0, "some")
+    assert said == [study.draw(ref, [one], 2, 1.0, 1.0, "some")[0] for one in ids]  # of a prompt alone, the same
+    texts = [[tokenizer.decode(y).removesuffix(" </s>").removesuffix("</s>") for y in ys] for ys in said]
+    expected = [[make.truth(prompt, text, y[-1] == 2) for text, y in zip(both, ys)]
+                for prompt, both, ys in zip(prompts, texts, said)]
+    toy = types.SimpleNamespace(ref=ref, tokenizer=tokenizer, prompts=prompts, ids=ids)
+    assert study.score(toy, prompts, said).tolist() == expected
+
+    theirs = AutoModelForCausalLM.from_pretrained(TOY / "sft", dtype=torch.float64).eval()
+    ours = study.response_logps(ref, ids[:5], said[:5])
+    for k in range(5):
+        for side in range(2):
+            rows_of = torch.tensor([[*ids[k], *said[k][side]]])
+            logps = theirs(rows_of).logits[0, :-1].log_softmax(-1).gather(1, rows_of[0, 1:, None])[:, 0]
+            assert ours[k, side].item() == pytest.approx(logps[len(ids[k]) - 1 :].sum().item(), rel=1e-5)
+
+
+def test_online_dpo_learns_what_is_true():
+    """52 steps at a fair rate: its samples score above the reference's by more than three standard errors."""
+    toy = types.SimpleNamespace(directory=TOY)
+    toy.ref, toy.tokenizer, _ = study.ev.load_model(str(TOY / "sft"), study.ev.CausalLM, "fp32", study.CPU)
+    rng = random.Random(6)
+    prompts = [make.make_post(rng)[0] for _ in range(256)]
+    ids = study.ev.encode(toy.tokenizer, prompts, len(make.WORDS))
+    truths = lambda policy: study.score(toy, prompts, study.draw(policy, ids, 1, 1.0, 1.0, "held out"))[:, 0]
+    policy = next(policy for step, policy, _ in study.train_online(toy, 0.01, 4e-4, 0) if step == 52)
+    gain = truths(policy) - truths(toy.ref)
+    assert gain.mean() > 3 * gain.std() / 16
+
+
+def test_report_of_a_study():
+    """Paths from the reference on; interpolation where a path first comes to a distance; t intervals; the best checkpoint
+    by other prompts."""
+    def row(method, seed, step, win_rate, sqrt_kl, choice):
+        return dict(method=method, beta=0.01, lr=4e-4, seed=seed, step=step, win_rate=win_rate, sqrt_kl=sqrt_kl,
+                    choice=choice, truth=1.0, length=10.0)
+
+    made = [row("reference", seed, 0, 0.5, 0.0, 0.55) | dict(lr=None, beta=None) for seed in (10, 11)]
+    made += [row("dpo", 10, 26, 0.7, 1.0, 0.6), row("dpo", 11, 26, 0.6, 1.0, 0.5), row("dpo", 10, 52, 0.6, 0.8, 0.7),
+             row("dpo", 11, 52, 0.4, 2.0, 0.3)]
+    paths = study.read_paths(made)["dpo", 0.01, 4e-4]
+    assert [one["step"] for one in paths[10]] == [one["step"] for one in paths[11]] == [0, 26, 52]
+    assert study.win_rate_at(paths[10], 0.5) == pytest.approx(60)
+    assert study.win_rate_at(paths[11], 1.5) == pytest.approx(50)
+    assert study.win_rate_at(paths[10], 1.5) is None and study.win_rate_at(paths[10], 0.9) == pytest.approx(68)
+    assert study.best(paths[10])["step"] == 52 and study.best(paths[11])["step"] == 0
+    half_width = 12.706 * abs(60 - 40) / math.sqrt(2) / math.sqrt(2)
+    assert study.mean_and_half_width([60.0, 40.0]) == pytest.approx((50, half_width))
+    text = study.report(made)
+    assert f"| dpo | 2 | 50.0 ± {half_width:.1f} | 1.40" in text
+    assert study.cell([]) == "-" and study.cell([3.0]) == "3.0"
+    made += [row("chi_po", seed, 26, 0.8, 1.0, 0.8) for seed in (10, 11)]
+    assert f"| chi_po - dpo | 2 | 30.0 ± {half_width:.1f} | 2 |" in study.report(made)
+    study.draw_picture(made, 0.01, 4e-4)
+
+
+def test_quantiles_of_t():
+    """The density integrated up to each: 97.5%."""
+    for df, t in enumerate(study.T_975, 1):
+        n, scale = 20000, math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+        area = scale * sum((1 + ((k + 0.5) * t / n) ** 2 / df) ** (-(df + 1) / 2) for k in range(n)) * t / n
+        assert 0.5 + area == pytest.approx(0.975, abs=5e-5)
+
+
 def test_study_uses_flags_that_exist():
     subprocess.run(["bash", "-n", TOY / "study.sh"], check=True)
-    flags = set(re.findall(r" (--[a-z_]+)", (TOY / "study.sh").read_text()))
-    sources = "".join((REPO / name).read_text() for name in ("train_pref.py", "evaluate.py", "toy/make.py"))
+    flags = set(re.findall(r"[ \"](--[a-z_]+)", (TOY / "study.sh").read_text() + (TOY / "study.py").read_text()))
+    scripts = "train_pref.py", "evaluate.py", "toy/make.py", "toy/study.py"
+    sources = "".join((REPO / name).read_text() for name in scripts)
     assert len(flags) > 12 and not [flag for flag in flags if f'"{flag}"' not in sources]

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import train_rm as rm
 from runs import finish, spoil
 
 SOURCE = Path(rm.__file__).read_text()
-HOW = dict(device="cpu", precision="fp32", shard=False, compile_layers=False, checkpoint_activations=False)
+pytestmark = pytest.mark.usefixtures("process_group")  # without which no weights are loaded
 
 
 def write_pairs(path, n, seed=0):
@@ -32,7 +33,7 @@ def write_pairs(path, n, seed=0):
 
 def flags(model, data, out, *more, **values):
     defaults = dict(model=model, data=data, eval_data="", out=out, epochs=1, batch_size=6, micro_batch_size=2, lr=1e-3,
-                    warmup_steps=2, max_length=34, max_prompt_length=26, save_every=0, eval_every=0, max_steps=5, precision="fp32")
+                    warmup_steps=2, max_length=34, max_prompt_length=26, save_every=0, eval_every=0, max_steps=5, keep_state=0, precision="fp32")
     values = defaults | values
     return [*(word for name, value in values.items() for word in (f"--{name}", value)), *more]
 
@@ -48,14 +49,15 @@ def final(out):
 
 def load(directory, seed=0):
     """-> the reward model, what was said of its head."""
-    model = rm.build(lambda: rm.RewardModel(rm.read_config(directory)), **HOW)
+    model = rm.build(lambda: rm.RewardModel(rm.read_config(directory)), "cpu", "fp32")
     return model, rm.load_reward_model(model, Path(directory), seed)
 
 
 def pairs_of(data, directory, max_length=34):
     """The pairs; at 34 tokens some responses are cut and end with another token than EOS."""
-    limits = rm.load_tokenizer(directory), rm.read_config(directory).vocab_size, max_length, 26, "keep_end"
-    return rm.load_pairs(str(data), False, *limits)[0]
+    limits = rm.load_tokenizer(directory), rm.read_config(directory).vocab_size, max_length, 26
+    rows = enumerate(rm.read_rows(str(data), False, {}))
+    return [rm.Pair(*ids) for _, ids in rm.token_rows(rows, dict(skipped={}, cut={}), rm.split_pair, *limits)]
 
 
 def responses(pairs):
@@ -141,8 +143,7 @@ def test_calibration():
 
 # ---------------------------------------------------------------------------------------------- forward and checkpoints
 def test_collate_reads_the_last_token():
-    ids = lambda *x: rm.array("i", x)
-    pairs = [rm.Pair(ids(1, 5), ids(6, 2), ids(7, 8, 2)), rm.Pair(ids(1,), ids(9,), ids(2,))]  # one response of one token
+    pairs = [rm.Pair([1, 5], [6, 2], [7, 8, 2]), rm.Pair([1], [9], [2])]  # one response of one token
     for shared, expected in ((True, [[2, 2], [9, 2]]), (False, [[2, 2], [9, 2]])):
         batch = rm.collate_responses(pairs, shared, "cpu")
         assert batch["ids"].flatten()[batch["predict"]].view(2, 2).tolist() == expected
@@ -214,19 +215,21 @@ def test_strict_loading(model_dir, data, tmp_path, run_script):
         "missing": (lambda t: t.pop(norm), f"missing ['{norm}']", {}),
         "extra": (lambda t: t.update(odd=score), "extra ['odd']", {}),
         "a head that no language model has": (lambda t: t.update({"score.weight": score}), "extra ['score.weight']", {}),
-        "misshapen": (lambda t: t.update({norm: torch.ones(7)}), f"{norm} has shape [7]", {}),
+        "misshapen": (lambda t: t.update({norm: torch.ones(7)}), f"{norm} is torch.float32 [7]; config.json says [32]", {}),
         "no reward head": (lambda t: t.pop("lm_head.weight"), "missing ['score.weight']", as_reward),
         "two heads": (lambda t: t.update({"score.weight": score}), "extra ['lm_head.weight']", as_reward),
         "two labels": (lambda t: (t.pop("lm_head.weight"), t.update({"score.weight": torch.zeros(2, 32)})),
-                       "score.weight has shape [2, 32]", as_reward),
+                       "score.weight is torch.float32 [2, 32]", as_reward),
     }
     for k, (name, (change, words, config)) in enumerate(cases.items()):
         directory = rewrite(model_dir, tmp_path / str(k), change, **config)
         with pytest.raises(rm.UserError, match=re.escape(words)):
             load(directory)
     out = tmp_path / "out"
-    run_script("train_rm")(*flags(directory, data, out)).refused("score.weight has shape [2, 32]", directory)
-    assert not list(out.iterdir())
+    run_script("train_rm")(*flags(directory, data, out)).refused("score.weight is torch.float32 [2, 32]", directory)
+    shutil.rmtree(directory)  # mended, the same command goes through
+    shutil.copytree(model_dir, directory)
+    run_script("train_rm")(*flags(directory, data, out)).ok()
 
 
 def their_scores(directory, rows, side=None):
@@ -270,7 +273,7 @@ def test_choose_pad(model_dir):
     tokenizer.pad_token = tokenizer.eos_token
     assert rm.choose_pad(tokenizer) in (256, 258) and tokenizer.pad_token_id != tokenizer.eos_token_id
     ids = dict(pad_token_id=2, bos_token_id=2, eos_token_id=2, unk_token_id=2)
-    nothing = SimpleNamespace(**ids, added_tokens_decoder={}, get_vocab=dict)
+    nothing = SimpleNamespace(**ids, added_tokens_decoder={}, get_vocab=dict, chat_template=None)
     with pytest.raises(rm.UserError, match="pad_token"):
         rm.choose_pad(nothing)
 
@@ -337,7 +340,7 @@ def test_resume_is_exact(run_script, model_dir, data, tmp_path):
     assert result.code == 128 + signal.SIGUSR1 and f"resumed from {parts}/step_000003" in result.out
     out = cli(*argv).ok().out
     assert "held out, 26 pairs: expected calibration error" in out and out.count("confidence    pairs") == 1
-    trainer = (f"step_000008/trainer/{name}" for name in ("exp_avg.safetensors", "exp_avg_sq.safetensors", "state.json"))
+    trainer = (f"step_000008/trainer/{name}" for name in ("exp_avg/model.safetensors", "exp_avg_sq/model.safetensors", "state.json"))
     for file in ("step_000008/model.safetensors", *trainer, "final/model.safetensors", "final/config.json", "calibration.json"):
         assert (straight / file).read_bytes() == (parts / file).read_bytes(), file
     assert metrics_of(straight) == metrics_of(parts) and len(metrics_of(parts)) == 8
@@ -406,7 +409,7 @@ def test_bf16(run_script, model_dir, data, tmp_path, more):
 
 
 def test_refused_flags(run_script, model_dir, data, tmp_path):
-    for more, words in (("--center -1", "--center: -1"), ("--center nan", "--center: nan"), ("--kernel torch", "--kernel"),
+    for more, words in (("--center -1", "--center -1"), ("--center nan", "--center nan"), ("--kernel torch", "--kernel"),
                         ("--beta 0.1", "--beta"), ("--max_prompt_length 34", "--max_prompt_length 34")):
         with pytest.raises(rm.UserError, match=re.escape(words)):
             rm.parse_args([str(x) for x in flags(model_dir, data, tmp_path)] + more.split())
@@ -423,7 +426,6 @@ def test_no_dead_flags():
 
 
 def test_presets():
-    assert len({frozenset(preset) for preset in rm.PRESETS.values()}) == 1
     golden = rm.parse_args(["--preset", "tldr+hh"])
     assert (golden.data, golden.batch_size, golden.lr, golden.epochs, golden.shard) == ("tldr+hh", 128, 5e-6, 1, True)
     mine = rm.parse_args(["--data", "mine.jsonl"])
@@ -431,11 +433,12 @@ def test_presets():
     assert not rm.parse_args(["--preset", "tldr+hh", "--no-shard"]).shard and not rm.parse_args([]).shard
     for preset in rm.PRESETS:
         args = rm.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
-        assert args.out == f"out/rm-{preset}-seed0" and args.center == 0 and None not in vars(args).values()
+        assert args.out == f"out/rm-{preset}-seed0" and args.center == 0
+        assert {flag for flag, value in vars(args).items() if value is None} <= {"shard", "checkpoint_activations"}
 
 
 def test_nothing_is_defined_and_not_used():
-    """No function or class of this file is left over from another's; the checkpoint block has one that train_pref.py alone uses."""
+    """No function or class of this file is left over from another's."""
     names = [name for name, value in vars(rm).items() if getattr(value, "__module__", "") == "train_rm" and
              (inspect.isfunction(value) or inspect.isclass(value))]
-    assert len(names) > 50 and [name for name in names if len(re.findall(rf"\b{name}\b", SOURCE)) < 2] == ["weights_sha256"]
+    assert len(names) > 50 and [name for name in names if len(re.findall(rf"\b{name}\b", SOURCE)) < 2] == []

@@ -8,7 +8,8 @@ no real data set can offer: a preference run here can be judged by what is true 
 
     python toy/make.py            make all of it (about ten minutes on one CPU core) with the project's own commands
     python toy/make.py --check    make the files again in a temporary directory, all but the weights, and compare
-    python toy/make.py --seed 1 --to out/toy1    other posts, writers, samples, labels and weights, elsewhere (toy/study.sh)
+    python toy/make.py --seed 1 --to out/toy1    other posts, writers, samples, labels and weights, elsewhere
+    python toy/make.py --seed 1 --to out/toy1 --truth_only    without what needs rm/: in 2 minutes (toy/study.py)
 
 What is made, in the order of the paper's experiment (one JSON object a line in the .gz files; no prompt stands in two of them):
 
@@ -23,6 +24,9 @@ What is made, in the order of the paper's experiment (one JSON object a line in 
     pairs.jsonl.gz          {prompt, chosen, rejected, chosen_reward, rejected_reward, chosen_truth, rejected_truth}: two samples
                             of sft/ for each of 2,048 prompts, labelled by rm/ (`evaluate.py label`)
     pairs_eval.jsonl.gz     256 more
+    truth_pairs.jsonl.gz    {prompt, chosen, rejected, chosen_truth, rejected_truth}: two samples of sft/ for each of 2,048
+                            more prompts, labelled by the truth itself, without noise; ties are left out
+    truth_pairs_eval.jsonl.gz  256 more
 
 In rm_pairs the chosen one is drawn from the Bradley-Terry model of the two truths, as people's labels are noisy: a truth that is
 higher by 1 wins 73% of the time. A prompt is left out if its two samples are equal, or if one is empty or has no end: a text
@@ -77,6 +81,7 @@ FACT, WRONG, AGAIN, REMARK, WORD, NO_END = 1.0, -0.75, -1.0, -0.5, -0.04, -1.0
 SFT_FILES = {"sft.jsonl.gz": (1, 19200), "sft_eval.jsonl.gz": (2, 512)}
 PAIR_FILES = {"pairs.jsonl.gz": (3, 3072, 2048), "pairs_eval.jsonl.gz": (4, 400, 256)}  # labelled by rm/
 RM_FILES = {"rm_pairs_eval.jsonl.gz": (6, 1280, 1024), "rm_pairs.jsonl.gz": (5, 16384, 14336)}  # labelled by the truth
+TRUTH_FILES = {"truth_pairs.jsonl.gz": (7, 3072, 2048), "truth_pairs_eval.jsonl.gz": (8, 400, 256)}  # ... without noise
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -213,7 +218,7 @@ def make_base():
 def make_texts():
     """-> (the two SFT files, {name of a pair file: its prompts}). One `seen` for all, so no prompt comes twice anywhere."""
     seen, files, prompts = set(), {}, {}
-    for name, (seed, n, *_) in {**SFT_FILES, **PAIR_FILES, **RM_FILES}.items():
+    for name, (seed, n, *_) in {**SFT_FILES, **PAIR_FILES, **RM_FILES, **TRUTH_FILES}.items():
         rng = random.Random(seed + 100 * SEED)
         rows = []
         while len(rows) < n:
@@ -260,15 +265,17 @@ def first_pairs(name, rows, n):
     return json_lines(rows[:n])
 
 
-def make_rm_pairs(name, prompts, directory):
-    """Two samples of sft/ a prompt, labelled by Bradley-Terry on their truths."""
+def make_truth_pairs(name, prompts, directory):
+    """Two samples of sft/ a prompt: rm/'s labelled by Bradley-Terry on their truths, the others by the higher truth."""
     rows = []
     for row in read_lines(sample(name, prompts, directory)):
         a, b = row["completions"]
-        if None not in row["stops"] and a != b and a and b:
-            a_wins = random.Random(f"label {row['prompt']}").random() < sigmoid(truth(row["prompt"], a) - truth(row["prompt"], b))
+        difference = truth(row["prompt"], a) - truth(row["prompt"], b)
+        if None not in row["stops"] and a != b and a and b and (name in RM_FILES or difference != 0):
+            noise = random.Random(f"label {row['prompt']}").random()
+            a_wins = noise < sigmoid(difference) if name in RM_FILES else difference > 0
             rows.append(dict(prompt=row["prompt"], chosen=a if a_wins else b, rejected=b if a_wins else a))
-    return first_pairs(name, rows, RM_FILES[name][2])
+    return first_pairs(name, rows, {**RM_FILES, **TRUTH_FILES}[name][2])
 
 
 def make_pairs(name, prompts, directory):
@@ -335,6 +342,8 @@ def main():
     parser.add_argument("--check", action="store_true",
                         help="write nothing; make all but the weights again and compare; exit code 1 at the first difference")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0, the toy/ that is shipped)")
+    parser.add_argument("--truth_only", action="store_true",
+                        help="leave out the golden reward model and the pairs it labels")
     parser.add_argument("--to", type=Path, default=HERE, help="directory for the files (default: toy/)")
     args = parser.parse_args()
     global SEED, TO
@@ -349,12 +358,14 @@ def main():
             put(name, content)
         if not args.check:
             train("train_sft.py", "sft", "base/config.json", "sft.jsonl.gz", directory)
-        for name in RM_FILES:
-            put(name, make_rm_pairs(name, prompts[name], directory))
-        if not args.check:
+        for name in [] if args.truth_only else RM_FILES:
+            put(name, make_truth_pairs(name, prompts[name], directory))
+        if not args.check and not args.truth_only:
             train("train_rm.py", "rm", "sft", "rm_pairs.jsonl.gz", directory)
-        for name in PAIR_FILES:
+        for name in [] if args.truth_only else PAIR_FILES:
             put(name, make_pairs(name, prompts[name], directory))
+        for name in TRUTH_FILES:
+            put(name, make_truth_pairs(name, prompts[name], directory))
 
 
 if __name__ == "__main__":

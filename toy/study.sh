@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# The paper's controlled experiment on the toy task, whole: about an hour on 2 CPU cores. Stopped, it goes on where it was.
+# The paper's controlled experiment on the toy task, whole: HOURS on 2 CPU cores. Stopped, it goes on where it was.
 #
 #     toy/study.sh [OUT=out/study] [JOBS=2]
+#
+# First the truth-labelled study (toy/study.py), about TRUTH_HOURS. Then the golden-model-labelled one, about an hour: what happens when
+# the judge is wrong.
 #
 # Three seeds, each with its own posts, writers, reference policy, golden reward model, pairs and training (toy/make.py --seed). The
 # learning rate is found by a rule that looks at DPO alone: of LRS, the one at which DPO at beta 0.01 reaches the highest golden win
@@ -23,6 +26,9 @@ golden() {  # seed, runs
 }
 export -f train golden
 export OUT
+
+seq 10 19 | xargs -P "$JOBS" -I{} python toy/study.py run --out "$OUT" --seeds {}
+python toy/study.py report
 
 mkdir -p toy/results "$OUT" $(printf "$OUT/runs%s " $SEEDS)
 for seed in $SEEDS; do
@@ -65,4 +71,4 @@ for lr in $LR $LR3; do
 done
 for figure in figure3 figure4 figure5 figure6; do cp "toy/results/lr$LR/$figure.png" "results/study_$figure.png"; done
 cp "toy/results/lr$LR-truth/figure4.png" results/study_truth_figure4.png
-rm -f toy/results/*/*.png toy/results/*/*.svg toy/results/*-truth/figure6.jsonl  # the rows stay; figure 6 has no judge
+rm -f toy/results/*/*.png toy/results/*/*.svg toy/results/*-truth/figure6.jsonl "toy/results/lr$LR3/figure6.jsonl"  # the rows stay

@@ -8,7 +8,6 @@ reference of equal truth share a point, as rewards do. `evaluate.py plot OUT/*` 
 """
 
 import importlib.util
-import json
 import shutil
 import statistics
 import sys

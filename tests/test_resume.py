@@ -1,0 +1,236 @@
+"""What a run that is started again goes on with, and what it refuses: its own files, damaged, edited or of something else."""
+
+import json
+import math
+import random
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import train_pref
+from test_faults import SCRIPTS, assert_same_run, data, flags, metrics_of, model_dir, straight  # noqa: F401 (fixtures)
+
+SHORT = dict(max_steps=4, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def finished(straight, tmp_path_factory):
+    """-> copy(script): a run of 9 steps that is complete, to be harmed."""
+    return lambda script: Path(shutil.copytree(straight(script, "1"), tmp_path_factory.mktemp("copy") / "run"))
+
+
+def again(model_dir, data, out, *more, **values):
+    """The command line of the runs above."""
+    return flags(model_dir, data, out, *more, **dict(max_steps=9, eval_data=data, eval_every=3) | values)
+
+
+def flip(path):
+    """One bit, in the last byte: of a tensor."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---------------------------------------------------------------------------------------------------------- bit for bit
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_four_ranks(run_script, tiny_llama, data, tmp_path, script):
+    """DDP orders its buckets anew after its first backward, and the sum of four ranks' gradients depends on where in a
+    bucket they stand: what resumes must begin with that order too. Two ranks add the same either way."""
+    cli, model = run_script(script), tiny_llama(tmp_path / "model", seed=7, num_hidden_layers=3, hidden_size=96,
+                                                intermediate_size=256)  # 1.5 MB: more than DDP's first bucket
+    argv = lambda out: flags(model, data, out, batch_size=10, micro_batch_size=2, epochs=5, max_steps=8, save_every=0)
+    cli(*argv(tmp_path / "straight"), world=4).ok()
+    assert cli(*argv(tmp_path / "run"), world=4, call=3, action=signal.SIGTERM, on_rank=2).code == 143
+    shutil.copytree(tmp_path / "run" / "step_000003", tmp_path / "straight" / "step_000003")
+    cli(*argv(tmp_path / "run"), world=4).ok()
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.parametrize("form", ["1", "2 --shard"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_saved_in_bf16_resumes_in_float32(run_script, model_dir, data, tmp_path, script, form):
+    """--save_dtype bf16: the model is bf16, rounded from what a float32 run saves, and transformers loads it; what a
+    resumed run goes on with is not rounded."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    cli, world, more = partial(run_script(script), world=int(form[0])), int(form[0]), form.split()[1:]
+    cli(*flags(model_dir, data, tmp_path / "fp32", *more, **SHORT)).ok()
+    argv = flags(model_dir, data, tmp_path / "bf16", *more, "--save_dtype", "bf16", **SHORT)
+    assert cli(*argv, call=2, action=signal.SIGTERM, on_rank=world - 1).code == 143
+    cli(*argv).ok()
+    assert metrics_of(tmp_path / "fp32") == metrics_of(tmp_path / "bf16")
+    whole = load_file(tmp_path / "fp32" / "final" / "model.safetensors")
+    for name in ("step_000002", "step_000004"):
+        halves, full = tmp_path / "bf16" / name, tmp_path / "fp32" / name
+        for moment in ("exp_avg", "exp_avg_sq"):
+            same = [(run / "trainer" / moment / "model.safetensors").read_bytes() for run in (halves, full)]
+            assert same[0] == same[1]
+        tensors, master = load_file(full / "model.safetensors"), load_file(halves / "trainer" / "weights" / "model.safetensors")
+        assert master.keys() == tensors.keys() and all(torch.equal(master[key], tensors[key]) for key in tensors)
+    saved = load_file(tmp_path / "bf16" / "final" / "model.safetensors")
+    assert saved.keys() == whole.keys() and {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert all(torch.equal(saved[key], whole[key].bfloat16()) for key in whole)
+    auto = AutoModelForSequenceClassification if script == "train_rm" else AutoModelForCausalLM
+    theirs = auto.from_pretrained(tmp_path / "bf16" / "final")
+    assert theirs.dtype == torch.bfloat16 and all(torch.equal(p, saved[key]) for key, p in theirs.named_parameters())
+
+
+def test_keep_state(run_script, model_dir, data, tmp_path):
+    """--keep_state 1: of older checkpoints the model stays, whole by its manifest, and nothing else."""
+    cli, out = run_script("train_pref"), tmp_path / "run"
+    argv = flags(model_dir, data, out, max_steps=4, keep_state=1)
+    assert cli(*argv, call=3, action=signal.SIGTERM).code == 143
+    assert [path.parent.name for path in sorted(out.glob("*/trainer"))] == ["step_000003"]
+    assert [path.name for path in sorted(out.glob("step_*"))] == ["step_000001", "step_000002", "step_000003"]
+    cli(*flags(out / "step_000001", data, tmp_path / "from", max_steps=1)).ok()  # loads, as it was written
+    assert "edited" not in cli(*flags(out / "step_000001", data, tmp_path / "from", max_steps=1)).out
+    newest = shutil.move(out / "step_000003", tmp_path / "step_000003")
+    cli(*argv).refused(f"{out}/step_000002 keeps no optimizer state", "--keep_state")
+    flip(out / "step_000001" / "model.safetensors")
+    cli(*flags(out / "step_000001", data, tmp_path / "harmed")).refused(out / "step_000001" / "model.safetensors")
+    shutil.move(newest, out / "step_000003")
+    cli(*argv).ok()
+    assert [path.parent.name for path in out.glob("*/trainer")] == ["step_000004"] and (out / "final").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- damaged
+@pytest.mark.parametrize("harm", ["flip", "delete", "manifest", "empty"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_complete_run_is_whole(run_script, finished, model_dir, data, script, harm):
+    """A damaged final/ is refused by name: not "this run is complete"."""
+    out = finished(script)
+    run = lambda: run_script(script)(*again(model_dir, data, out))
+    assert "this run is complete" in run().ok().out
+    if harm == "flip":
+        flip(out / "final" / "model.safetensors")
+    elif harm == "delete":
+        (out / "final" / "model.safetensors").unlink()
+    elif harm == "manifest":
+        (out / "final" / "manifest.json").unlink()
+    else:
+        shutil.rmtree(out / "final")
+        (out / "final").mkdir()
+    result = run().refused(out / "final" / ("model.safetensors" if harm in ("flip", "delete") else "manifest.json"))
+    assert "complete" not in result.out
+
+
+def test_edited_text_of_a_saved_model(run_script, finished, model_dir, data, tmp_path):
+    """A chat template added to a model that a run saved is used, with a warning; changed weights or trainer/ are refused."""
+    saved, cli, chats = finished("train_pref") / "step_000009", run_script("train_pref"), tmp_path / "chats.jsonl"
+    turn = lambda role, text: [dict(role=role, content=text)]
+    rows = [dict(prompt=turn("user", f"q{k}"), chosen=turn("assistant", "yes"), rejected=turn("assistant", "no"))
+            for k in range(4)]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli(*flags(saved, chats, tmp_path / "before", max_steps=1)).refused("no chat template")
+    edit_json(saved / "tokenizer_config.json", chat_template="{% for m in messages %}{{ m.role }}:{{ m.content }}</s>"
+              "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+    result = cli(*flags(saved, chats, tmp_path / "after", max_steps=1)).ok()
+    assert result.out.count("warning: ") == 1 and f"warning: {saved / 'tokenizer_config.json'} was edited" in result.out
+    assert "4 pairs of 4 rows" in result.out
+    for name in ("trainer/state.json", "trainer/exp_avg/model.safetensors", "model.safetensors"):
+        harmed = Path(shutil.copytree(saved, tmp_path / name.replace("/", "_")))
+        flip(harmed / name)
+        cli(*flags(harmed, data, tmp_path / "out", max_steps=1)).refused(harmed / name)
+
+
+# ---------------------------------------------------------------------------------------------------- of something else
+def set_theta(directory, theta):
+    config = json.loads((directory / "config.json").read_text())
+    edit_json(directory / "config.json", rope_theta=theta, rope_parameters=config["rope_parameters"] | dict(rope_theta=theta))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_model_under_the_same_name(run_script, model_dir, data, tmp_path, script):
+    """--model changed between stop and resume: its config, its weights or its tokenizer."""
+    model, out, cli = Path(shutil.copytree(model_dir, tmp_path / "model")), tmp_path / "run", run_script(script)
+    argv = flags(model, data, out, **SHORT)
+    assert cli(*argv, call=2, action=signal.SIGTERM).code == 143
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    set_theta(model, 99.0)
+    cli(*argv).refused(out, "model fingerprint was")
+    shutil.copy(model_dir / "config.json", model)
+    flip(model / "model.safetensors")
+    cli(*argv).refused(out, "model fingerprint was")
+    shutil.copy(model_dir / "model.safetensors", model)
+    edit_json(model / "tokenizer_config.json", chat_template="{{ messages }}")
+    cli(*argv).refused(out, "model fingerprint was")
+    shutil.copy(model_dir / "tokenizer_config.json", model)
+    assert {path: path.read_bytes() for path in before} == before
+    # What resumes goes on with the config that its checkpoint holds, and writes that into final/.
+    set_theta(out / "step_000002", 123.0)
+    result = cli(*argv).ok()
+    assert f"warning: {out / 'step_000002' / 'config.json'} was edited" in result.out
+    assert json.loads((out / "final" / "config.json").read_text())["rope_parameters"]["rope_theta"] == 123.0
+
+
+@pytest.fixture
+def begun(run_script, model_dir, data, tmp_path):
+    """-> begin(name, **values) -> OUT and command line of a run that was killed after the reference's log-probs."""
+    def begin(name, **values):
+        argv = flags(model_dir, data, tmp_path / name, **dict(max_steps=2, save_every=0) | values)
+        assert run_script("train_pref")(*argv, call=1, action=signal.SIGTERM).code == 143
+        shutil.rmtree(tmp_path / name / "step_000001")
+        return tmp_path / name, argv
+
+    return begin
+
+
+def test_reference_log_probs_of_other_rows(run_script, begun):
+    """Two steps of another seed see other rows: its file is refused by name."""
+    (mine, argv), (other, _) = begun("mine"), begun("other", seed=1)
+    name = "ref_logps.safetensors"
+    index = [load_file(out / name)["index"].tolist() for out in (mine, other)]
+    assert index[0] != index[1] and len(index[0]) == len(index[1]) == 8
+    shutil.copy(other / name, mine / name)
+    run_script("train_pref")(*argv).refused(mine / name, "other data rows")
+
+
+@pytest.mark.parametrize("harm", ["swapped", "nan", "one bit", "key"])
+def test_reference_log_probs_with_other_values(run_script, begun, harm):
+    out, argv = begun("run")
+    path = out / "ref_logps.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    if harm == "swapped":
+        tensors["chosen"], tensors["rejected"] = tensors["rejected"], tensors["chosen"]
+    elif harm == "nan":
+        tensors["chosen"][3] = math.nan
+    elif harm == "key":
+        metadata["key"] = "0" + metadata["key"]
+    save_file(tensors, path, metadata)
+    if harm == "one bit":
+        flip(path)
+    run_script("train_pref")(*argv).refused(path, "delete it")
+    path.unlink()
+    run_script("train_pref")(*argv).ok()
+
+
+def test_a_reference_that_gives_nan(run_script, model_dir, data, tmp_path):
+    """Its file would say NaN: refused by the row, before anything is trained."""
+    broken = Path(shutil.copytree(model_dir, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    result = run_script("train_pref")(*flags(model_dir, data, tmp_path / "run", "--ref", broken))
+    result.refused("reference", "data row 0", "nan")
+    assert not (tmp_path / "run" / "ref_logps.safetensors").exists()
+
+
+def test_the_spread_is_said_when_resumed(run_script, model_dir, data, tmp_path):
+    """How far the policy before step 1 was from the reference that it is: of rounding, and known again on resume."""
+    argv = flags(model_dir, data, tmp_path / "run", **SHORT)
+    first = run_script("train_pref")(*argv, call=2, action=signal.SIGTERM).out
+    (line,) = [line for line in first.splitlines() if line.startswith("before step 1 ")]
+    assert float(line.split("at most ")[1].split()[0]) < 1e-3
+    (resumed,) = [line for line in run_script("train_pref")(*argv).ok().out.splitlines() if "resumed from" in line]
+    assert resumed.endswith(line)
