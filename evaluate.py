@@ -1704,10 +1704,11 @@ def apply_template(tokenizer, messages, tools, **kwargs):
     if tokenizer.chat_template is None:
         raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's"
                         " tokenizer, or data with text prompts")
-    kwargs |= dict(tokenize=False, strftime_now=TODAY.strftime)
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return tokenizer.apply_chat_template(messages, tools=tools or None, **kwargs)
+        kwargs["tools"] = (json.loads(tools or "null") if isinstance(tools, str) else tools) or None
+        template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: repr(TODAY.strftime(call[2])),
+                          tokenizer.get_chat_template(tools=kwargs["tools"]))
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
     except Exception as error:  # a template is a program: it may raise anything
         raise SkipRow(f"refused by the chat template ({' '.join(str(error).split())[:80]})") from None
 
