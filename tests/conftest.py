@@ -139,7 +139,7 @@ def load_rows(script, source, *limits, held_out=False):
         path = Path(directory) / "data.safetensors"
         header = dict(model="m", data="d")
         rows = script.load_rows(path, header, kind, split, str(source), held_out, script.RECIPES, *limits)
-        return rows, script.read_tensors(path, "m-d")[1]
+        return rows, script.open_safetensors(path).metadata()["report"]
 
 
 @pytest.fixture(scope="session")
