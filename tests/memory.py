@@ -153,6 +153,8 @@ def become_a_gpu(memory):
 # ---------------------------------------------------------------------------------------------------------- the steps
 def simulate(memory, shape, reward, shard, checkpoint_activations, lengths, layers=None):
     """-> bytes: held between steps (weights, AdamW's state, under DDP gradients), and the peak of a step."""
+    gc.collect()
+    began = memory.now
     c = LlamaConfig(**LLAMA3 | SHAPES[shape] | (dict(num_hidden_layers=layers) if layers else {}))
     world = SHARDS if shard else 1  # as many ranks as share the weights; DDP's hold the same, however many
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
@@ -182,7 +184,7 @@ def simulate(memory, shape, reward, shard, checkpoint_activations, lengths, laye
             else:
                 train_pref.train_step(model, optimizer, pairs, torch.zeros(len(pairs), 2), args, 0, world, CPU)
             gc.collect()
-        held, peak = memory.now, memory.peak
+        held, peak = memory.now - began, memory.peak - began
     dist.destroy_process_group()
     return held, peak
 
@@ -200,9 +202,7 @@ def main():
         for lengths in LENGTHS if shape in options.shapes else []:
             found = []
             for checkpointed in (False, True):
-                began = memory.now
-                held, peak = (x - began for x in simulate(memory, shape, reward, shard, checkpointed, lengths))
-                gc.collect()
+                held, peak = simulate(memory, shape, reward, shard, checkpointed, lengths)
                 found.append(peak / G)
                 rows.append(dict(
                     simulated=True, torch=torch.__version__, shape=shape, reward_model=reward, lengths=lengths,
