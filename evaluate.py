@@ -1934,9 +1934,11 @@ def build(make, device, precision, shard=False, compile_layers=False, checkpoint
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     if shard:  # bf16 products; float32 gradients and their sums
-        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module in (*model.model.layers, model):
-            fully_shard(module, mp_policy=mixed, reshard_after_forward=True)
+        mixed = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=MixedPrecisionPolicy(dtype, **mixed), reshard_after_forward=True)
+        # The rest is gathered in float32: a token's gradients, and a tied embedding's two, meet before the reduce.
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(**mixed), reshard_after_forward=True)
     return model.to_empty(device=device)
 # --- end shared: llama ---
 
