@@ -1597,10 +1597,10 @@ def split_demonstration(row):
         prompt, completion = row["messages"][:-1], row["messages"][-1:]
     elif isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
         prompt, completion = completion[:-1], completion[-1:]
-    elif prompt is None:
+    elif prompt is None or not {"completion", "chosen"} & row.keys():
         marker = "\n\nAssistant:"
         if not isinstance(completion, str) or marker not in completion:
-            raise SkipRow("no prompt" if completion else f"no demonstration, keys: {', '.join(row) or 'none'}")
+            raise SkipRow(f"no prompt and completion, keys: {[*row]}"[:120])
         cut = completion.rfind(marker) + len(marker)
         prompt, completion = completion[:cut], completion[cut:]
     if not (isinstance(prompt, list) and isinstance(completion, list)):

@@ -54,7 +54,7 @@ def test_links_point_at_definitions():
 
 def test_named_flags_and_files_exist():
     scripts = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    for flag in set(re.findall(r"`--([a-z_]+)", TEXT)) - {"nnodes", "nproc_per_node", "signals_to_handle", "shutdown_timeout"}:  # torchrun's
+    for flag in set(re.findall(r"`--([a-z_]+)", TEXT)) - {"nnodes", "nproc_per_node", "shutdown_timeout", "help"}:  # torchrun's
         assert f'"--{flag}"' in scripts, f"--{flag}"
     for name in re.findall(r"^\| `([\w./]+)` \|", TEXT, re.M):
         if "." in name or name.endswith("/"):
