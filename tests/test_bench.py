@@ -1,4 +1,4 @@
-"""Both benchmarks run at toy size, and what they say of each other (equal loss, small gradient error) holds. Times are
+"""The benchmarks run at toy size, and what they say of each other (equal loss, small gradient error) holds. Times are
 not judged."""
 
 import json
@@ -83,3 +83,13 @@ def test_step(tmp_path):
     assert abs(ours["loss"] - 0.6931472) > 1e-3  # not the log 2 that any model beside itself gives
     assert ours["computed_tokens"] < results["trl_best"]["computed_tokens"] <= results["trl_default"]["computed_tokens"]
     assert "/" not in row["command"].replace("tests/bench_step.py", "")  # no path of this machine
+
+
+def test_data(tiny_llama, tmp_path):
+    model = tiny_llama(tmp_path / "model", max_position_embeddings=1024)
+    (row,), screen = run(tmp_path, "tests/bench_data.py", "--pairs", "70", "--ranks", "1", "2", "--no-trl", "--model", str(model))
+    assert list(row["results"]) == [f"ours, {ranks} ranks, {start}" for ranks in (1, 2) for start in ("first", "second")]
+    for result in row["results"].values():
+        assert result["pairs"] == 70 and result["tokens_a_pair"] > 500 and result["peak"] > 100 and result["wall_s"] > 0
+    assert "CPU seconds of a second start" in screen and "memory (pss) of 2 ranks / of 1" in screen
+    assert "/" not in row["command"].replace("tests/bench_data.py", "")  # no path of this machine

@@ -256,7 +256,8 @@ SKIPPED = {
     "no prompt, keys: ['chosen', 'rejected']": [dict(chosen="no marker", rejected="no mark")],
     "wrong types": [dict(prompt="p", chosen=1, rejected="b"), dict(prompt="p", chosen=None, rejected="b"),
                     dict(prompt=3, chosen="a", rejected="b"), dict(prompt=None, chosen="a", rejected="b"),
-                    dict(prompt="p", chosen=None, rejected=None), dict(prompt="p", chosen="a", rejected=turns("a", "b")), dict(prompt=turns("p"), chosen="a", rejected="b"),
+                    dict(prompt="p", chosen=None, rejected=None), dict(prompt="p", chosen="a", rejected=turns("a", "b")),
+                    dict(prompt=turns("p"), chosen="a", rejected="b"),
                     dict(chosen=[1, "x"], rejected=[1, "y"]),
                     dict(chosen=turns("p") + [dict(role="assistant", content=None)], rejected=turns("p", "x"))],
     "prompt mismatch": [dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: b\n\nAssistant: y"),
@@ -279,7 +280,8 @@ SKIPPED = {
 
 @pytest.mark.parametrize("kind", SKIPPED)
 def test_skipped_rows(kind, byte, tmp_path, monkeypatch):
-    strange = "{% if messages[0].content == 'BOOM' %}{{ 1 / 0 }}{% endif %}{% if add_generation_prompt and messages[0].content == 'STRANGE' %}!{% endif %}"
+    strange = "{% if messages[0].content == 'BOOM' %}{{ 1 / 0 }}{% endif %}" \
+              "{% if add_generation_prompt and messages[0].content == 'STRANGE' %}!{% endif %}"
     monkeypatch.setattr(byte, "chat_template", strange + CHAT)
     rows = SKIPPED[kind]
     for row in rows:  # each alone, between two good ones and after a blank line

@@ -1,5 +1,5 @@
-"""Data is tokenized once a run: TokenRows hold what a row at a time would give, a second start reads them without touching the
-text, and a cache that is stale, foreign or damaged is never used silently."""
+"""Data is tokenized once a run: TokenRows hold what a row at a time would give, a second start reads them without
+touching the text, and a cache that is stale, foreign or damaged is never used silently."""
 
 import json
 import shutil
@@ -32,8 +32,8 @@ def byte(tmp_path_factory):
 def data(tmp_path_factory):
     """2,500 rows (they are tokenized a thousand at a time), every seventh of which cannot be used; -> path, rows."""
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [dict(prompt="q" * (k % 41) + f" {k}?", chosen=f" yes {k}" * (k % 5 + 1), rejected=f" no {k}" if k % 7 else "")
-            for k in range(2500)]
+    rows = [dict(prompt="q" * (k % 41) + f" {k}?", chosen=f" yes {k}" * (k % 5 + 1),
+                 rejected=f" no {k}" if k % 7 else "") for k in range(2500)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path, rows
 
@@ -107,7 +107,7 @@ def flip(path, offset):
 
 
 def content(path):
-    """Metadata and tensors, as lists, of a safetensors file. (The order of its header changes from one writing to the next.)"""
+    """Metadata and tensors, as lists, of a safetensors file. (Its header has another order each time it is written.)"""
     with safe_open(path, framework="pt") as file:
         return file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}
 
@@ -129,7 +129,7 @@ HARMS = {
     "other ids": lie,
     "text": lambda path: path.write_text("hello"),
     "another's tensors": lambda path: save_file(dict(chosen=torch.zeros(3)), path),
-    "another's tensors, with metadata": lambda path: save_file(dict(chosen=torch.zeros(3)), path, dict(key="x", sha256="y")),
+    "another's, with metadata": lambda path: save_file(dict(chosen=torch.zeros(3)), path, dict(key="x", sha256="y")),
 }
 
 
@@ -141,7 +141,8 @@ def test_a_damaged_or_foreign_file_is_made_again(harm, byte, data, tmp_path, cap
     HARMS[harm](path)
     assert listed(load(tmp_path, data[0], byte)) == first
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and str(path) in said[0] and said[0].endswith("made again") and "358 empty response" in said[1]
+    assert len(said) == 2 and str(path) in said[0] and said[0].endswith("made again")
+    assert "358 empty response" in said[1]
     assert content(path) == whole
 
 
@@ -170,7 +171,7 @@ def test_nothing_usable_leaves_no_file(byte, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-# -------------------------------------------------------------------------------------------------------- on the command line
+# -------------------------------------------------------------------------------------------------- on the command line
 @pytest.fixture(scope="module")
 def model(tiny_llama, tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("models") / "model", seed=1)
@@ -183,8 +184,8 @@ def no_tokenizing(model):
 
 
 def arguments(model, data, out):
-    return ("--model", model, "--data", data, "--eval_data", data, "--max_length", 64, "--max_prompt_length", 32, "--batch_size", 4,
-            "--out", out, "--max_steps", 2, "--save_every", 1, "--eval_every", 0,
+    return ("--model", model, "--data", data, "--eval_data", data, "--max_length", 64, "--max_prompt_length", 32,
+            "--batch_size", 4, "--out", out, "--max_steps", 2, "--save_every", 1, "--eval_every", 0,
             "--keep_state", 0)
 
 
@@ -210,8 +211,8 @@ def test_one_file_for_four_ranks(run_script, model, few, tmp_path):
 
 @pytest.mark.parametrize("script", ["train_pref", "train_sft"])
 def test_restart(run_script, model, few, tmp_path, script):
-    """A run that resumes reads no text, and says the report again; so does one that is complete, without the report. After
-    the data changed it is another run."""
+    """A run that resumes reads no text, and says the report again; so does one that is complete, without the report.
+    After the data changed it is another run."""
     run, out = run_script(script), tmp_path / "run"
     argv = arguments(model, few, out)
     first = run(*argv).ok()
@@ -220,14 +221,15 @@ def test_restart(run_script, model, few, tmp_path, script):
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "step_000002")
     again = run(*argv, call=0, action=no_tokenizing).ok()
-    assert again.out.count(report) == first.out.count(report) == 2 and "resumed from" in again.out  # training, held-out data
+    assert again.out.count(report) == first.out.count(report) == 2  # training and held-out data
+    assert "resumed from" in again.out
     complete = run(*argv, call=0, action=no_tokenizing).ok()
     assert "this run is complete" in complete.out and report not in complete.out
     few.write_text(few.read_text() + few.read_text())
     run(*argv).refused("holds another run", "data fingerprint was")
 
 
-# ------------------------------------------------------------------------------------------------ what else is said at a start
+# ----------------------------------------------------------------------------------------- what else is said at a start
 def test_lengths_beyond_the_models_positions(run_script, model, few, tmp_path):
     argv = (*arguments(model, few, tmp_path / "run"), "--max_steps", 1)
     for script in ("train_pref", "train_sft", "train_rm"):
