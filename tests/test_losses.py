@@ -443,12 +443,8 @@ def test_ess_power_in_the_loss(base):
     losses, weights = tp.preference_loss(tp.parse_args(["--loss", f"is_{base}"]), *logps, *lengths, 0.3)
     expected = oracle_weight(*(x.detach().numpy() for x in logps), 1.0) ** 0.3
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-12)
-<<<<<<< HEAD
-    ours, theirs = (torch.autograd.grad(x.sum(), logps[0], retain_graph=True)[0] for x in (weights * losses, torch.tensor(expected) * plain))
-=======
     both = (weights * losses, torch.tensor(expected) * plain)
     ours, theirs = (torch.autograd.grad(x.sum(), logps[0], retain_graph=True)[0] for x in both)
->>>>>>> testdata
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
