@@ -298,7 +298,7 @@ def differences_table(here):
 
 
 def rates_table(paths, beta):
-    """Each method at the learning rate at which it ends higher on the prompts to choose by."""
+    """Each method that ran at all learning rates, at the one at which it ends highest on the prompts to choose by."""
     lines = []
     for method in METHODS:
         rates = {lr: list(paths[method, beta, lr].values()) for lr in LRS if (method, beta, lr) in paths}
@@ -321,7 +321,7 @@ def report(rows):
     for beta, lr in dict.fromkeys((beta, lr) for _, beta, lr in paths):
         here = {method: paths[method, beta, lr] for method in METHODS if (method, beta, lr) in paths}
         text += f"\n### beta {beta:g}, learning rate {lr:g}\n\n{ends_table(here)}\n{differences_table(here)}"
-    for beta in dict.fromkeys(beta for _, beta, _ in paths):
+    for beta in dict.fromkeys(beta for _, beta, lr in paths if lr == LRS[-1]):
         text += f"\n### beta {beta:g}, each method at the rate at which it ends higher on the 512 prompts\n\n"
         text += rates_table(paths, beta)
     return text
