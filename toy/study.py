@@ -346,7 +346,6 @@ def draw_picture(rows, beta, lr):
         ax.set_xlabel("step")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
-        ax.set_ylim(0, 100 if name == "win_rate" else None)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLOURS), fontsize=9)
     return figure
 
