@@ -783,7 +783,7 @@ def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
     run that resumes. For split and limits see token_rows. -> TokenRows. The report of skipped rows, by kind with the
     place of the first, is said each time. Raises UserError where nothing is left."""
     noun = f"{kind.__name__.lower()}s"
-    key = f"{noun}-{header['model']}-{header['data']}"
+    key = f"{path.stem}-{noun}-{header['model']}-{header['data']}"
 
     def make():
         if path.exists():

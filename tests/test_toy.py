@@ -317,7 +317,11 @@ def test_study_trains_judges_and_goes_on(tmp_path, monkeypatch):
     (tmp_path / "toy10").mkdir()
     for path in [*TOY.glob("*.gz"), TOY / "sft"]:
         (tmp_path / "toy10" / path.name).symlink_to(path)
+    drawn, draw = [], study.draw
+    monkeypatch.setattr(study, "draw", lambda policy, ids, *how: drawn.extend(ids) or draw(policy, ids, *how))
     study.run(tmp_path, [10])
+    assert len(drawn) == 50 + 5 * (50 + 20) + 4 * 32  # the references, five policies judged, the steps of online DPO
+    assert all(ids[0] == make.WORDS.index("<s>") for ids in drawn)  # BOS, as in training
     made = study.read_rows()
     steps = [("reference", 0), ("dpo", 3), ("dpo", 4), ("online", 3), ("online", 4)]
     assert [(row["method"], row["step"]) for row in made] == steps
@@ -339,7 +343,8 @@ def test_study_scores_and_log_probs():
     ref, tokenizer, _ = study.ev.load_model(str(TOY / "sft"), study.ev.CausalLM, "fp32", study.CPU)
     rng = random.Random(5)
     prompts = [make.make_post(rng)[0] for _ in range(40)]
-    ids = study.ev.encode(tokenizer, prompts, len(make.WORDS))
+    ids = study.prompt_ids(tokenizer, prompts)
+    assert ids == tokenizer(prompts).input_ids  # BOS in front, as in training
     said = study.draw(ref, ids, 2, 1.0, 1.0, "some")
     assert said == [study.draw(ref, [one], 2, 1.0, 1.0, "some")[0] for one in ids]  # of a prompt alone, the same
     texts = [[tokenizer.decode(y).removesuffix(" </s>").removesuffix("</s>") for y in ys] for ys in said]
@@ -363,7 +368,7 @@ def test_online_dpo_learns_what_is_true():
     toy.ref, toy.tokenizer, _ = study.ev.load_model(str(TOY / "sft"), study.ev.CausalLM, "fp32", study.CPU)
     rng = random.Random(6)
     prompts = [make.make_post(rng)[0] for _ in range(256)]
-    ids = study.ev.encode(toy.tokenizer, prompts, len(make.WORDS))
+    ids = study.prompt_ids(toy.tokenizer, prompts)
     truths = lambda policy: study.score(toy, prompts, study.draw(policy, ids, 1, 1.0, 1.0, "held out"))[:, 0]
     policy = next(policy for step, policy, _ in study.train_online(toy, 0.01, 4e-4, 0) if step == 52)
     gain = truths(policy) - truths(toy.ref)

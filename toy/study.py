@@ -299,7 +299,7 @@ def differences_table(here):
 
 
 def rates_table(paths, beta):
-    """Each method at the learning rate at which it ends higher on the prompts to choose by."""
+    """Each method that ran at all learning rates, at the one at which it ends highest on the prompts to choose by."""
     lines = []
     for method in METHODS:
         rates = {lr: list(paths[method, beta, lr].values()) for lr in LRS if (method, beta, lr) in paths}
@@ -322,7 +322,7 @@ def report(rows):
     for beta, lr in dict.fromkeys((beta, lr) for _, beta, lr in paths):
         here = {method: paths[method, beta, lr] for method in METHODS if (method, beta, lr) in paths}
         text += f"\n### beta {beta:g}, learning rate {lr:g}\n\n{ends_table(here)}\n{differences_table(here)}"
-    for beta in dict.fromkeys(beta for _, beta, _ in paths):
+    for beta in dict.fromkeys(beta for _, beta, lr in paths if lr == LRS[-1]):
         text += f"\n### beta {beta:g}, each method at the rate at which it ends higher on the 512 prompts\n\n"
         text += rates_table(paths, beta)
     return text
@@ -347,7 +347,6 @@ def draw_picture(rows, beta, lr):
         ax.set_xlabel("step")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
-        ax.set_ylim(0, 100 if name == "win_rate" else None)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLOURS), fontsize=9)
     return figure
 
