@@ -36,8 +36,8 @@ def make(module, config, precision="fp32", shard=False):
     return module.build(lambda: kind(config), "cpu", precision, shard)
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
-def test_start_switches_cudnn_attention_off(run_script, model_dir, data, tmp_path, process_group):
+# ------------------------------------------------------------------------------------------------------------ attention
+def test_start_switches_cudnn_attention_off(process_group):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     for name in ("flash", "mem_efficient", "math"):
         assert getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
@@ -66,7 +66,7 @@ def test_no_layer_copies_the_mask(script, plain_prompt, tiny_llama, tmp_path, pr
         assert mask.dtype == torch.float32 and mask.storage_offset() % 16 == 0
 
 
-# -------------------------------------------------------------------------------------------------- one set of gradients
+# ------------------------------------------------------------------------------------------------- one set of gradients
 def watch(_, plain):
     """Print at each step where the gradients are, the bytes that hold them and what memory the step took beside them.
     With `plain` it is as it was: DDP by itself, and gradients that are let go of after each step."""
@@ -98,7 +98,7 @@ def big(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("big")
     config = dict(vocab_size=16384, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=4, tie_word_embeddings=False, bos_token_id=256, eos_token_id=257, pad_token_id=258)
+                  tie_word_embeddings=False, bos_token_id=256, eos_token_id=257, pad_token_id=258)
     model = LlamaForCausalLM(LlamaConfig(**config)).float()
     randomize(model, 0)
     model.save_pretrained(directory)
@@ -113,7 +113,7 @@ def test_one_set_of_gradients(run_script, big, data, tmp_path, script):
     peaks = {}
     parameters = 4 * sum(param.numel() for param in big_parameters(big, script))
     for plain in (False, True):
-        argv = flags(big, data, tmp_path / f"{plain}", max_steps=4, epochs=4, save_every=0, batch_size=20, micro_batch_size=1)
+        argv = flags(big, data, tmp_path / f"{plain}", epochs=4, save_every=0, batch_size=20, micro_batch_size=1)
         started = run_script(script).start(*argv, world=2, action=partial(watch, plain=plain), on_rank=None)
         finish(started).ok()
         for rank, (_, log) in enumerate(started):
@@ -133,7 +133,7 @@ def big_parameters(directory, script):
         return list((module.RewardModel(config) if script == "train_rm" else module.Llama(config)).parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------- sharded
+# -------------------------------------------------------------------------------------------------------------- sharded
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("script", MODULES)
 def test_bf16_gradients_sharded_and_not(script, tied, tiny_llama, tmp_path, process_group):
