@@ -1,5 +1,5 @@
-"""What a machine and its user do to a run: two at once, a closed terminal, a pipe that ends, a dead torchrun, a tracker,
-too little data or too high a rate.
+"""What a machine and its user do to a run: two at once, a closed terminal, a pipe that ends, a dead torchrun, a
+tracker, too little data or too high a rate.
 """
 
 import json
