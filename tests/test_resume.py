@@ -1,4 +1,4 @@
-"""What a run that is started again goes on with, and what it refuses: its own files, damaged, edited or of something else."""
+"""What a run that is started again goes on with, and what it refuses: files damaged, edited or of something else."""
 
 import json
 import math
@@ -75,7 +75,8 @@ def test_saved_in_bf16_resumes_in_float32(run_script, model_dir, data, tmp_path,
         for moment in ("exp_avg", "exp_avg_sq"):
             same = [(run / "trainer" / moment / "model.safetensors").read_bytes() for run in (halves, full)]
             assert same[0] == same[1]
-        tensors, master = load_file(full / "model.safetensors"), load_file(halves / "trainer" / "weights" / "model.safetensors")
+        master = load_file(halves / "trainer" / "weights" / "model.safetensors")
+        tensors = load_file(full / "model.safetensors")
         assert master.keys() == tensors.keys() and all(torch.equal(master[key], tensors[key]) for key in tensors)
     saved = load_file(tmp_path / "bf16" / "final" / "model.safetensors")
     assert saved.keys() == whole.keys() and {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
@@ -125,7 +126,7 @@ def test_a_complete_run_is_whole(run_script, finished, model_dir, data, script, 
 
 
 def test_edited_text_of_a_saved_model(run_script, finished, model_dir, data, tmp_path):
-    """A chat template added to a model that a run saved is used, with a warning; changed weights or trainer/ are refused."""
+    """A chat template added to a model that a run saved is used, with a warning; changed weights or trainer/ refused."""
     saved, cli, chats = finished("train_pref") / "step_000009", run_script("train_pref"), tmp_path / "chats.jsonl"
     turn = lambda role, text: [dict(role=role, content=text)]
     rows = [dict(prompt=turn("user", f"q{k}"), chosen=turn("assistant", "yes"), rejected=turn("assistant", "no"))
@@ -145,8 +146,8 @@ def test_edited_text_of_a_saved_model(run_script, finished, model_dir, data, tmp
 
 # ---------------------------------------------------------------------------------------------------- of something else
 def set_theta(directory, theta):
-    config = json.loads((directory / "config.json").read_text())
-    edit_json(directory / "config.json", rope_theta=theta, rope_parameters=config["rope_parameters"] | dict(rope_theta=theta))
+    rope = json.loads((directory / "config.json").read_text())["rope_parameters"]
+    edit_json(directory / "config.json", rope_theta=theta, rope_parameters=rope | dict(rope_theta=theta))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

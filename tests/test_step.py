@@ -36,8 +36,8 @@ def make(module, config, precision="fp32", shard=False):
     return module.build(lambda: kind(config), "cpu", precision, shard)
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
-def test_start_switches_cudnn_attention_off(run_script, model_dir, data, tmp_path, process_group):
+# ------------------------------------------------------------------------------------------------------------ attention
+def test_start_switches_cudnn_attention_off(process_group):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     for name in ("flash", "mem_efficient", "math"):
         assert getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
@@ -66,11 +66,12 @@ def test_no_layer_copies_the_mask(script, plain_prompt, tiny_llama, tmp_path, pr
         assert mask.dtype == torch.float32 and mask.storage_offset() % 16 == 0
 
 
-# -------------------------------------------------------------------------------------------------- one set of gradients
+# ------------------------------------------------------------------------------------------------- one set of gradients
 def watch(_, plain):
     """Print at each step where the gradients are, the bytes that hold them and what memory the step took beside them.
     With `plain` it is as it was: DDP by itself, and gradients that are let go of after each step."""
     resident = lambda key: 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back at once, and leaves no holes
     before = [0]
     for module in MODULES.values():
         def step(model, optimizer, *how, original=module.clip_and_step):
@@ -81,7 +82,6 @@ def watch(_, plain):
             result = original(model, optimizer, *how)
             if plain:
                 optimizer.zero_grad(set_to_none=True)
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or the next step would use it uncounted
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins again here
             before[0] = resident("VmRSS")
             return result
@@ -98,7 +98,7 @@ def big(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("big")
     config = dict(vocab_size=16384, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=4, tie_word_embeddings=False, bos_token_id=256, eos_token_id=257, pad_token_id=258)
+                  tie_word_embeddings=False, bos_token_id=256, eos_token_id=257, pad_token_id=258)
     model = LlamaForCausalLM(LlamaConfig(**config)).float()
     randomize(model, 0)
     model.save_pretrained(directory)
@@ -113,7 +113,7 @@ def test_one_set_of_gradients(run_script, big, data, tmp_path, script):
     peaks = {}
     parameters = 4 * sum(param.numel() for param in big_parameters(big, script))
     for plain in (False, True):
-        argv = flags(big, data, tmp_path / f"{plain}", max_steps=4, epochs=4, save_every=0, batch_size=20, micro_batch_size=1)
+        argv = flags(big, data, tmp_path / f"{plain}", epochs=4, save_every=0, batch_size=20, micro_batch_size=1)
         started = run_script(script).start(*argv, world=2, action=partial(watch, plain=plain), on_rank=None)
         finish(started).ok()
         for rank, (_, log) in enumerate(started):
@@ -121,10 +121,17 @@ def test_one_set_of_gradients(run_script, big, data, tmp_path, script):
             places, held, over = zip(*(json.loads(line.split(" ", 1)[1]) for line in lines))
             assert len(places) == 4 and all(parameters <= nbytes < 1.01 * parameters for nbytes in held)
             assert plain or all(place == places[0] for place in places[1:])
+<<<<<<< HEAD
             peaks[plain, rank] = max(over[1:])
     more = sum(sign * peak for (plain, _), peak in peaks.items() for sign in [1 if plain else -1])
     # A reward model's step is over before its peak is a matter of gradients: there, the places and bytes held must do.
     assert script == "train_rm" or more > 0.7 * 2 * parameters, (peaks, parameters)
+=======
+            peaks[plain, rank] = min(over[1:])  # the set is there in each, noise is not
+    largest = 4 * 16384 * 256  # bytes of the embedding: a micro-batch's own gradient of it is there for a moment
+    for rank in (0, 1):
+        assert peaks[False, rank] < 1.3 * largest and peaks[True, rank] - peaks[False, rank] > 0.8 * largest, peaks
+>>>>>>> testrun
 
 
 def big_parameters(directory, script):
@@ -134,7 +141,7 @@ def big_parameters(directory, script):
         return list((module.RewardModel(config) if script == "train_rm" else module.Llama(config)).parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------- sharded
+# -------------------------------------------------------------------------------------------------------------- sharded
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("script", MODULES)
 def test_bf16_gradients_sharded_and_not(script, tied, tiny_llama, tmp_path, process_group):
