@@ -121,17 +121,10 @@ def test_one_set_of_gradients(run_script, big, data, tmp_path, script):
             places, held, over = zip(*(json.loads(line.split(" ", 1)[1]) for line in lines))
             assert len(places) == 4 and all(parameters <= nbytes < 1.01 * parameters for nbytes in held)
             assert plain or all(place == places[0] for place in places[1:])
-<<<<<<< HEAD
-            peaks[plain, rank] = max(over[1:])
-    more = sum(sign * peak for (plain, _), peak in peaks.items() for sign in [1 if plain else -1])
-    # A reward model's step is over before its peak is a matter of gradients: there, the places and bytes held must do.
-    assert script == "train_rm" or more > 0.7 * 2 * parameters, (peaks, parameters)
-=======
             peaks[plain, rank] = min(over[1:])  # the set is there in each, noise is not
     largest = 4 * 16384 * 256  # bytes of the embedding: a micro-batch's own gradient of it is there for a moment
     for rank in (0, 1):
         assert peaks[False, rank] < 1.3 * largest and peaks[True, rank] - peaks[False, rank] > 0.8 * largest, peaks
->>>>>>> testrun
 
 
 def big_parameters(directory, script):
