@@ -60,6 +60,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from kernels.logprob import linear_sequence_logps
@@ -379,7 +380,7 @@ def main():
     reached = sorted(epoch_order(len(pairs), args.seed, 0)[: total * args.batch_size])
     ref_logps = torch.full((len(pairs), 2), math.nan)
     ref_logps[reached] = reference_logps(out / "ref_logps.safetensors", key, pairs.index[reached],
-                                         lambda: compute([pairs[i] for i in reached]))
+                                         lambda: compute(Subset(pairs, reached)))
     if eval_pairs:
         eval_ref_logps = reference_logps(out / "ref_logps_eval.safetensors", key, eval_pairs.index,
                                          lambda: compute(eval_pairs))
@@ -676,7 +677,7 @@ def run_header(script, args, world, device, models):
     and of its data, as cut (a Hub dataset is known by its name)."""
     commit = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    parts = [args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")]
+    parts = dict.fromkeys([args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")])
     data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
     data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY)])
     prints = {role: fingerprint(directory) for role, directory in models.items()}

@@ -534,7 +534,7 @@ def run_header(script, args, world, device, models):
     and of its data, as cut (a Hub dataset is known by its name)."""
     commit = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    parts = [args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")]
+    parts = dict.fromkeys([args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")])
     data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
     data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY)])
     prints = {role: fingerprint(directory) for role, directory in models.items()}
