@@ -126,7 +126,7 @@ def test_a_complete_run_is_whole(run_script, finished, model_dir, data, script, 
 
 
 def test_edited_text_of_a_saved_model(run_script, finished, model_dir, data, tmp_path):
-    """A chat template added to a model that a run saved is used, with a warning; changed weights or trainer/ refused."""
+    """A chat template added to a model that a run saved is used, with a warning; edited weights or trainer/ are not."""
     saved, cli, chats = finished("train_pref") / "step_000009", run_script("train_pref"), tmp_path / "chats.jsonl"
     turn = lambda role, text: [dict(role=role, content=text)]
     rows = [dict(prompt=turn("user", f"q{k}"), chosen=turn("assistant", "yes"), rejected=turn("assistant", "no"))
