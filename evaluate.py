@@ -1145,12 +1145,14 @@ COMMON = ("protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad
 OF_SETTING, OF_SEED = ("label_smoothing", "length_average", "eta", "alpha", "r_max"), ("golden settings", "data")
 # Table 1: name of a number, its column, digits
 COLUMNS = (("peak_win_rate", "peak win rate (%)", 1), ("peak_sqrt_kl", "√KL there", 2),
-           ("final_win_rate", "final win rate (%)", 1), ("final_sqrt_kl", "√KL there", 2), ("drop", "drop (points)", 1),
+           ("final_win_rate", "final win rate (%)", 1), ("final_sqrt_kl", "√KL there", 2),
+           ("drop", "drop (points)", 1),
            ("ess_share", "ESS share", 2), ("final_reward", "final reward", 2), ("final_length", "final length", 1))
 TABLE_NOTE = """
-Mean ± standard error over seeds, of a single run over prompts; √KL in √nats, lengths in tokens; golden settings {}. The
-peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
-effective sample size of the weights over the step's pairs, median of the last tenth of the steps; 1 without weights.
+Mean ± standard error over seeds, of a single run over prompts; √KL in √nats, lengths in tokens; golden settings {}.
+The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS
+share: effective sample size of the weights over the step's pairs, median of the last tenth of the steps; 1 without
+weights.
 """
 
 
