@@ -585,7 +585,7 @@ def sample(args):
     if not args.api:
         policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
         stops, vocab_size = sampling_stops(directory, tokenizer), policy.config.vocab_size
-    prompts = load_prompts(args, tokenizer, vocab_size)
+    prompts = on_rank_0(lambda: load_prompts(args, tokenizer, vocab_size))
     of = dict(api=args.api) if args.api else dict(policy=fingerprint(directory))
     about = dict(args=vars(args), of=of | dict(prompts=prompts_sha256(prompts)))
     rows = on_rank_0(lambda: resume_rows(out, about))
@@ -705,7 +705,7 @@ def golden(args):
     rank, _, device = start(args.seed, args.timeout, args.threads)
     reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args.precision, device)
     ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args.precision, device)
-    prompts = load_prompts(args, tokenizer, ref.config.vocab_size)
+    prompts = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
     known, vocab_size = {}, reward_model.model.embed_tokens.num_embeddings
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
