@@ -1149,7 +1149,7 @@ COLUMNS = (("peak_win_rate", "peak win rate (%)", 1), ("peak_sqrt_kl", "√KL th
            ("drop", "drop (points)", 1),
            ("ess_share", "ESS share", 2), ("final_reward", "final reward", 2), ("final_length", "final length", 1))
 TABLE_NOTE = """
-Mean ± standard error over seeds, of a single run over prompts; √KL in √nats, lengths in tokens; golden settings {}.
+Mean ± standard error over seeds, of one run over prompts; √KL in √nats, lengths in tokens; golden settings {}.
 The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS
 share: effective sample size of the weights over the step's pairs, median of the last tenth of the steps; 1 without
 weights.

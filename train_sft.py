@@ -481,7 +481,8 @@ def run_header(script, args, world, device, models):
     parts = dict.fromkeys([args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")])
     data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
     data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY)])
-    prints = {role: fingerprint(directory) for role, directory in models.items()}
+    once = {directory: fingerprint(directory) for directory in {*models.values()}}  # a reference is mostly the model
+    prints = dict(chat_date=str(TODAY)) | {role: once[directory] for role, directory in models.items()}
     prints["data"] = hashlib.sha256(data.encode()).hexdigest()[:16]
     versions = dict(torch=torch.__version__, python=sys.version.split()[0])
     return dict(script=script, args=vars(args), commit=commit, versions=versions, device=name, world=world) | prints
@@ -736,8 +737,7 @@ def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
             except UserError as error:
                 say(f"{error}; made again")
         kinds, index, offsets, n = dict(skipped={}, cut={}), array("q"), array("q"), 0
-        rows = tqdm(read_rows(source, held_out, recipes), f"tokenizing {noun}", disable=not sys.stderr.isatty())
-        rows = enumerate(rows)
+        rows = enumerate(tqdm(read_rows(source, held_out, recipes), "tokenizing", disable=not sys.stderr.isatty()))
         with tempfile.TemporaryFile(dir=path.parent) as ids:  # a million rows are more than memory should hold
             while batch := list(itertools.islice(rows, 1000)):
                 for number, parts in token_rows(batch, kinds, split, *limits):

@@ -732,6 +732,14 @@ def test_refused_prompts_are_counted(run_script, chat_dirs, tmp_path):
     assert "2 pairs of 3 prompts; skipped: 1 refused by the chat template" in result.out and f"(first {tmp_path / 's.jsonl'}:2)" in result.out
     result = run("sample", "--model", policy_dir, "--data", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--max_new_tokens", 3).ok()
     assert "2 prompts of 3 rows; skipped: 1 refused by the chat template" in result.out
+    rows = [dict(prompt=user(text), completion=[dict(role="assistant", content="8")]) for text in ("hi", "no", "hey")]
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(dict(pairs=1, steps=1, args=dict(batch_size=1))) + "\n")
+    result = run("golden", "--rm", rm_dir, "--ref", policy_dir, "--data", tmp_path / "h.jsonl", "--max_new_tokens", 3,
+                 tmp_path / "run").ok()
+    assert "2 prompts of 3 rows; skipped: 1 refused by the chat template" in result.out
+    assert [row["prompts"] for row in read(tmp_path / "run" / "golden.jsonl")] == [2]
     questions = [dict(question_id=n, category="math", turns=turns) for n, turns in enumerate((["hi", "ho"], ["no", "ho"], ["hi", "no"]))]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     result = run("bench", "--suite", "mt_bench", "--model", policy_dir, "--questions", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl",
