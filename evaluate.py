@@ -1349,8 +1349,8 @@ def draw_curves(curves, points):
     figure, columns = draw(points, "sqrt_kl", {"win_rate": WIN_RATE}, SQRT_KL, linestyle="")
     for row in curves:
         (ax,), color, compared = columns[row["beta"], row["lr"]], LOOKS[row["loss"]][0], row["loss"] in COMPARED
-        ax.set_xlim(0, None)
         if row["a"] is not None:
+            ax.set_xlim(0, max(ax.get_xlim()[1], 1.05 * row["high"]))  # the means end before the curves of all seeds
             ax.plot(row["sqrt_kl"], row["win_rate"], color=color, linewidth=1.8 if compared else 0.8)
             if row["band"] and compared:
                 ax.fill_between(row["sqrt_kl"], *row["band"], color=color, alpha=0.12, linewidth=0)

@@ -398,3 +398,14 @@ def test_runs_that_are_not_comparable(tmp_path, change, says):
     with pytest.raises(evaluate.UserError, match=says) as caught:
         evaluate.check_comparable(runs)
     assert str(first) in str(caught.value) and str(second) in str(caught.value)
+
+
+def test_figure_3_shows_curves_whole():
+    """A curve goes as far as the farthest seed; the means of checkpoints, which the axis would else be cut to, do not."""
+    setting = dict(beta=0.05, lr=1e-4, loss="dpo", log_eps=None)
+    runs = [dict(setting=setting, seed=seed, points=[dict(sqrt_kl=far * k / 4, win_rate=50.0 + k) for k in range(5)])
+            for seed, far in enumerate((1.0, 3.0))]
+    means = [setting | dict(sqrt_kl=2.0 * k / 4, win_rate=50.0 + k, win_rate_se=0.5) for k in range(5)]
+    ax = evaluate.draw_curves(evaluate.curve_rows(runs), means).axes[0]
+    assert max(line.get_xydata()[:, 0].max() for line in ax.get_lines() if len(line.get_xydata()) == 61) == 3.0
+    assert ax.get_xlim()[0] == 0 and ax.get_xlim()[1] > 3.0
