@@ -1448,8 +1448,7 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(parser, args, positive, signed=()):
     """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
     for flag, value in vars(args).items():
-        most = 2**63 if type(value) is int else math.inf
-        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
+        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < 2**63
         if unfit or flag in positive and value == 0:
             parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
 
@@ -1471,11 +1470,10 @@ def guard(main):
     try:
         code = main()  # returns, and does not raise, its code: what a traceback keeps alive hangs at exit, now and then
     except (UserError, OSError, SafetensorError) as error:
-        error = error if isinstance(error, UserError) else UserError(str(error))
         time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         get_error_handler().record_exception(error)  # torchrun's last lines repeat it
-        os._exit(error.code)  # no clean-up that would wait for other ranks
+        os._exit(getattr(error, "code", 1))  # no clean-up that would wait for other ranks
     except KeyboardInterrupt:  # before training there is nothing to save
         os._exit(130)
     if dist.is_initialized():

@@ -247,11 +247,12 @@ def parse_args(argv=None):
     add("--kernel", choices=["auto", "triton", "torch"], default="auto", help="log-prob kernel; auto: triton on a GPU")
     common_flags(parser)
     args = parse_with_preset(parser, PRESETS, argv, positive={"beta", "r_max"}, signed={"alpha", "log_eps"})
-    if args.ess_target >= 1:
-        parser.error(f"--ess_target {args.ess_target}: must be below 1")
-    if args.label_smoothing >= 0.5 or not math.isfinite(args.alpha) or not args.log_eps > -math.inf:
-        parser.error(f"--label_smoothing {args.label_smoothing} must be in [0, 0.5), --alpha {args.alpha} finite,"
-                     f" --log_eps {args.log_eps} a number or inf")
+    for flag, fits, range_ in (("ess_target", args.ess_target < 1, "in [0, 1)"),
+                               ("label_smoothing", args.label_smoothing < 0.5, "in [0, 0.5)"),
+                               ("alpha", math.isfinite(args.alpha), "finite"),
+                               ("log_eps", args.log_eps > -math.inf, "a number or inf")):
+        if not fits:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be {range_}")
     for flag in sorted(set().union(*LOSS_FLAGS.values()) - LOSS_FLAGS[args.loss]):
         if getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag} {getattr(args, flag)} is not read by --loss {args.loss}: leave it out")
@@ -357,38 +358,35 @@ def main():
         say(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings} positions")
     limits = (tokenizer, vocab_size, args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
-    eval_pairs = []
-    if args.eval_data:
-        eval_path = out / "data_eval.safetensors"
-        eval_pairs = load_rows(eval_path, header, Pair, split_pair, args.eval_data, True, RECIPES, *limits)
+    eval_path = out / "data_eval.safetensors"
+    eval_pairs = load_rows(eval_path, header, Pair, split_pair, args.eval_data, True, RECIPES, *limits)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     cap = f"{2 * args.log_eps:g}" if args.loss in ("is_dpo", "is_ipo") else "none"
     header |= dict(pairs=len(pairs), steps=total, weight_cap_nats=cap)
 
     # Reference log-probs, computed once, by the path that training takes; --max_steps may end before all pairs are seen
+    @functools.cache
     def load(directory):
         how = (device, args.precision, args.shard, args.compile, args.checkpoint_activations)
         return load_weights(build(lambda: Llama(read_config(directory), args.kernel), *how), directory)
 
-    def compute(of_pairs):
-        nonlocal policy
-        policy = policy or load(ref_dir)
-        return all_logps(policy, of_pairs, args, rank, world, device, "reference log-probs")
+    def reference(path, of_pairs, index):
+        key = f"{header['ref']}-{header['data']}-{args.precision}"
+        of = (of_pairs, args, rank, world, device, "reference log-probs")
+        return reference_logps(path, key, index, lambda: all_logps(load(ref_dir), *of))
 
-    policy, key = None, f"{header['ref']}-{header['data']}-{args.precision}"
     reached = sorted(epoch_order(len(pairs), args.seed, 0)[: total * args.batch_size])
     ref_logps = torch.full((len(pairs), 2), math.nan)
-    ref_logps[reached] = reference_logps(out / "ref_logps.safetensors", key, pairs.index[reached],
-                                         lambda: compute(Subset(pairs, reached)))
+    ref_logps[reached] = reference(out / "ref_logps.safetensors", Subset(pairs, reached), pairs.index[reached])
     if eval_pairs:
-        eval_ref_logps = reference_logps(out / "ref_logps_eval.safetensors", key, eval_pairs.index,
-                                         lambda: compute(eval_pairs))
+        eval_ref_logps = reference(out / "ref_logps_eval.safetensors", eval_pairs, eval_pairs.index)
         eval_lengths = torch.tensor([[float(len(p.chosen)), float(len(p.rejected))] for p in eval_pairs])
 
     # Policy and optimizer
-    policy = policy if begin_dir == ref_dir else None  # before the next is loaded
-    policy = policy or load(begin_dir)
+    if begin_dir != ref_dir:
+        load.cache_clear()  # one model in memory at a time
+    policy = load(begin_dir)
     files = model_files(begin_dir, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)  # Appendix C
     state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0, spread="")
@@ -510,8 +508,7 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(parser, args, positive, signed=()):
     """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
     for flag, value in vars(args).items():
-        most = 2**63 if type(value) is int else math.inf
-        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
+        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < 2**63
         if unfit or flag in positive and value == 0:
             parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
 
@@ -533,11 +530,10 @@ def guard(main):
     try:
         code = main()  # returns, and does not raise, its code: what a traceback keeps alive hangs at exit, now and then
     except (UserError, OSError, SafetensorError) as error:
-        error = error if isinstance(error, UserError) else UserError(str(error))
         time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         get_error_handler().record_exception(error)  # torchrun's last lines repeat it
-        os._exit(error.code)  # no clean-up that would wait for other ranks
+        os._exit(getattr(error, "code", 1))  # no clean-up that would wait for other ranks
     except KeyboardInterrupt:  # before training there is nothing to save
         os._exit(130)
     if dist.is_initialized():
@@ -925,7 +921,9 @@ class TokenRows:
 def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
     """Read, tokenize and cut data, once a run: rank 0 does it and writes `path`, all ranks map that file, and so does a
     run that resumes. For split and limits see token_rows. -> TokenRows. The report of skipped rows, by kind with the
-    place of the first, is said each time. Raises UserError where nothing is left."""
+    place of the first, is said each time. No source: no rows. Raises UserError where nothing is left."""
+    if not source:
+        return []
     noun = f"{kind.__name__.lower()}s"
     key = f"{path.stem}-{noun}-{header['model']}-{header['data']}"
 

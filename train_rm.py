@@ -232,10 +232,8 @@ def main():
         say(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings} positions")
     limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
-    eval_pairs = []
-    if args.eval_data:
-        eval_path = out / "data_eval.safetensors"
-        eval_pairs = load_rows(eval_path, header, Pair, split_pair, args.eval_data, True, RECIPES, *limits)
+    eval_path = out / "data_eval.safetensors"
+    eval_pairs = load_rows(eval_path, header, Pair, split_pair, args.eval_data, True, RECIPES, *limits)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     header |= dict(pairs=len(pairs), steps=total)
@@ -367,8 +365,7 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(parser, args, positive, signed=()):
     """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
     for flag, value in vars(args).items():
-        most = 2**63 if type(value) is int else math.inf
-        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
+        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < 2**63
         if unfit or flag in positive and value == 0:
             parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
 
@@ -390,11 +387,10 @@ def guard(main):
     try:
         code = main()  # returns, and does not raise, its code: what a traceback keeps alive hangs at exit, now and then
     except (UserError, OSError, SafetensorError) as error:
-        error = error if isinstance(error, UserError) else UserError(str(error))
         time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         get_error_handler().record_exception(error)  # torchrun's last lines repeat it
-        os._exit(error.code)  # no clean-up that would wait for other ranks
+        os._exit(getattr(error, "code", 1))  # no clean-up that would wait for other ranks
     except KeyboardInterrupt:  # before training there is nothing to save
         os._exit(130)
     if dist.is_initialized():
@@ -782,7 +778,9 @@ class TokenRows:
 def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
     """Read, tokenize and cut data, once a run: rank 0 does it and writes `path`, all ranks map that file, and so does a
     run that resumes. For split and limits see token_rows. -> TokenRows. The report of skipped rows, by kind with the
-    place of the first, is said each time. Raises UserError where nothing is left."""
+    place of the first, is said each time. No source: no rows. Raises UserError where nothing is left."""
+    if not source:
+        return []
     noun = f"{kind.__name__.lower()}s"
     key = f"{path.stem}-{noun}-{header['model']}-{header['data']}"
 
