@@ -306,6 +306,41 @@ def test_truth_as_judge(tmp_path):
     assert (tmp_path / "out" / "runs0-dpo" / "metrics.jsonl").read_text() == '{"header": 1}\n'
 
 
+def test_rows_and_tables_of_the_golden_study(tmp_path):
+    """Two seeds of dpo and is_dpo: the golden model's measures beside the truth's, ESS shares since the checkpoint before, and
+    differences of runs of one seed with half their 95% t interval (12.706 standard errors for two)."""
+    best, wrong = "hugo bought tents and leo found cameras .", "hugo bought cameras ."
+    measures = dict(kl=4.0, sqrt_kl=2.0, reward=1.0, length=9.0, ended=1.0)
+    golden = {("dpo", 0): [0.5, 0.6, 0.4], ("dpo", 1): [0.5, 0.5, 0.5], ("is_dpo", 0): [0.5, 0.5, 0.7],
+              ("is_dpo", 1): [0.5, 0.5, 0.6]}
+    for (loss, seed), win_rates in golden.items():
+        run = tmp_path / f"runs{seed}" / loss
+        (run / "golden_samples").mkdir(parents=True)
+        header = dict(args=dict(loss=loss, beta=0.01, lr=4e-4, seed=seed, log_eps=1.0, batch_size=4))
+        logs = [{"step": k, "weights/ess": ess, "weights/mean": 1.0} for k, ess in enumerate([4.0, 4.0, 3.0, 1.0], 1)]
+        (run / "metrics.jsonl").write_bytes(make.json_lines([header, *logs]))
+        names = {0: "reference", 2: "step_000002", 4: "final"}
+        rows = [dict(measures, checkpoint=name, step=step, win_rate=win_rate) for (step, name), win_rate in
+                zip(names.items(), win_rates)]
+        rows = [row | {f"{name}_se": 0.1 for name in ("win_rate", *measures)} for row in rows]
+        (run / "golden.jsonl").write_bytes(make.json_lines(rows))
+        for step, name in names.items():  # by the truth is_dpo's last responses lose, all others tie
+            said = wrong if (loss, step) == ("is_dpo", 4) else best
+            samples = [dict(prompt=POST, references=[best], completions=[said], stops=["</s>"])] * 2
+            (run / "golden_samples" / f"{name}.jsonl").write_bytes(make.json_lines(samples))
+    runs = [tmp_path / f"runs{seed}" / loss for loss, seed in golden]
+    subprocess.run([sys.executable, TOY / "truth.py", tmp_path / "out", *runs, "--rows", tmp_path / "rows.jsonl"], check=True)
+    rows = make.read_lines(tmp_path / "rows.jsonl")
+    assert [(row["method"], row["seed"], row["step"]) for row in rows] == [(*run, step) for run in golden for step in (0, 2, 4)]
+    assert [row["win_rate"] for row in rows] == [rate for rates in golden.values() for rate in rates]
+    assert [row["truth_win_rate"] for row in rows] == [0.5] * 8 + [0.0, 0.5, 0.5, 0.0]
+    assert "ess" not in rows[0] and [row["ess"] for row in rows[1:3]] == [1.0, 0.5]  # (4 + 4) / 2 / 4, (3 + 1) / 2 / 4
+    text = (tmp_path / "rows.md").read_text()
+    # dpo: ends 40, 50; peaks 60, 50; drops 20, 0. is_dpo - dpo: +30, +10 by the golden model, -50, -50 by the truth.
+    assert "| dpo | 2 | 45.0 ± 63.5 | 55.0 ± 63.5 | 10.0 ± 127.1 | 2.00 ± 0.00 | 9.0 ± 0.0 | 0.50 ± 0.00 | 50.0 ± 0.0 |" in text
+    assert "| is_dpo - dpo | 20.0 ± 127.1 | 2 | -50.0 ± 0.0 | 0 |" in text
+
+
 def test_study_trains_judges_and_goes_on(tmp_path, monkeypatch):
     """The driver on a short plan: rows of every checkpoint, nothing twice, and what stands in no row is made again."""
     monkeypatch.setattr(study, "ROWS", tmp_path / "rows.jsonl")

@@ -1,28 +1,30 @@
 #!/usr/bin/env bash
-# The paper's controlled experiment on the toy task, whole: two to three hours on 2 CPU cores. Stopped, it goes on where it was.
+# The paper's controlled experiment on the toy task, whole: HOURS on 2 CPU cores. Stopped, it goes on where it was.
 #
 #     toy/study.sh [OUT=out/study] [JOBS=2]
 #
-# First the truth-labelled study (toy/study.py): ten seeds of 2 minutes for the toy and 40 s a run, 140 core minutes. Then the
-# golden-model-labelled one, about an hour: what happens when the judge is wrong.
+# First the truth-labelled study (toy/study.py): ten seeds of 2 minutes for the toy and 40 s a run, 140 core minutes.
+# Then the golden-model-labelled one, GOLDEN: what happens when the judge is wrong.
 #
-# There three seeds, each with its own posts, writers, reference policy, golden reward model, pairs and training (toy/make.py --seed). The
-# learning rate is found by a rule that looks at DPO alone: of LRS, the one at which DPO at beta 0.01 reaches the highest golden win
-# rate anywhere in its run, mean over seeds; then three times that rate too. Rows go to toy/results, pictures to results.
+# There three seeds, each with its own posts, writers, reference policy, golden reward model, pairs and training
+# (toy/make.py --seed). The learning rate is found by a rule that looks at DPO alone: of LRS, the one at which DPO at
+# beta 0.01 reaches the highest golden win rate anywhere in its run, mean over seeds; then three times that rate too.
+# Rows and pictures go to results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-out/study} JOBS=${2:-2}
 export OMP_NUM_THREADS=1
 SEEDS="0 1 2" LRS="5e-5 1e-4 2e-4 4e-4 8e-4"
-LOSSES="dpo ipo is_dpo is_ipo rpo chi_po length_dpo" BETAS="0.01 0.05 0.1" LOG_EPS="0 0.5 2 4 inf"  # log_eps 1 is is_dpo itself
+LOSSES="dpo ipo is_dpo is_ipo rpo chi_po length_dpo" BETAS="0.01 0.05 0.1"
+LOG_EPS="0 0.5 2 4 inf"  # besides 1, which is is_dpo itself
 
 train() {  # seed, name, flags: a run of 128 steps with 6 checkpoints
-    python train_pref.py --preset toy --model "$OUT/toy$1/sft" --data "$OUT/toy$1/pairs.jsonl.gz" --eval_data '' --seed "$1" --save_every 22 \
-        --out "$OUT/runs$1/$2" "${@:3}" > "$OUT/runs$1/$2.log"
+    python train_pref.py --preset toy --model "$OUT/toy$1/sft" --data "$OUT/toy$1/pairs.jsonl.gz" --eval_data '' \
+        --seed "$1" --save_every 22 --out "$OUT/runs$1/$2" "${@:3}" > "$OUT/runs$1/$2.log"
 }
 golden() {  # seed, runs
-    python evaluate.py golden --preset toy --rm "$OUT/toy$1/rm" --ref "$OUT/toy$1/sft" --data "$OUT/toy$1/pairs_eval.jsonl.gz" --keep_samples "${@:2}" \
-        >> "$OUT/golden$1.log"
+    python evaluate.py golden --preset toy --rm "$OUT/toy$1/rm" --ref "$OUT/toy$1/sft" \
+        --data "$OUT/toy$1/pairs_eval.jsonl.gz" --keep_samples "${@:2}" >> "$OUT/golden$1.log"
 }
 export -f train golden
 export OUT
@@ -30,23 +32,27 @@ export OUT
 seq 10 19 | xargs -P "$JOBS" -I{} python toy/study.py run --out "$OUT" --seeds {}
 python toy/study.py report
 
-mkdir -p toy/results "$OUT" $(printf "$OUT/runs%s " $SEEDS)
+mkdir -p "$OUT" $(printf "$OUT/runs%s " $SEEDS)
 for seed in $SEEDS; do
-    [ -e "$OUT/toy$seed/pairs_eval.jsonl.gz" ] || echo "python toy/make.py --seed $seed --to $OUT/toy$seed > $OUT/toy$seed.log"
-done | xargs -P "$JOBS" -I{} bash -c '{}'
+    [ -e "$OUT/toy$seed/pairs_eval.jsonl.gz" ] || echo "--seed $seed --to $OUT/toy$seed > $OUT/toy$seed.log"
+done | xargs -P "$JOBS" -I{} bash -c 'python toy/make.py {}'
 
 # The learning rate
 for seed in $SEEDS; do for lr in $LRS; do
-    echo "train $seed dpo-beta0.01-lr$lr --loss dpo --beta 0.01 --lr $lr && golden $seed $OUT/runs$seed/dpo-beta0.01-lr$lr"
+    name=dpo-beta0.01-lr$lr
+    echo "train $seed $name --loss dpo --beta 0.01 --lr $lr && golden $seed $OUT/runs$seed/$name"
 done; done | xargs -P "$JOBS" -I{} bash -c '{}'
-python - "$OUT" "$SEEDS" "$LRS" > toy/results/learning_rate.jsonl <<'EOF'
+python - "$OUT" "$SEEDS" "$LRS" > results/study_golden_lr.jsonl <<'EOF'
 import json, statistics, sys
 out, seeds, lrs = sys.argv[1], sys.argv[2].split(), sys.argv[3].split()
 for lr in lrs:
-    peaks = [max(json.loads(line)["win_rate"] for line in open(f"{out}/runs{seed}/dpo-beta0.01-lr{lr}/golden.jsonl")) for seed in seeds]
+    files = [f"{out}/runs{seed}/dpo-beta0.01-lr{lr}/golden.jsonl" for seed in seeds]
+    peaks = [max(json.loads(line)["win_rate"] for line in open(file)) for file in files]
     print(json.dumps(dict(lr=lr, dpo_peak_win_rate=statistics.mean(peaks), by_seed=peaks)))
 EOF
-LR=$(python -c 'import json; print(max(map(json.loads, open("toy/results/learning_rate.jsonl")), key=lambda row: row["dpo_peak_win_rate"])["lr"])')
+LR=$(python -c 'import json
+rows = map(json.loads, open("results/study_golden_lr.jsonl"))
+print(max(rows, key=lambda row: row["dpo_peak_win_rate"])["lr"])')
 LR3=$(python -c "print(f'{3 * $LR:g}')")
 echo "learning rates $LR and $LR3"
 
@@ -59,16 +65,15 @@ for seed in $SEEDS; do for lr in $LR $LR3; do for beta in $BETAS; do
 done; done; done > "$OUT/runs.txt"
 xargs -P "$JOBS" -a "$OUT/runs.txt" -I{} bash -c 'train {}'
 for seed in $SEEDS; do
-    awk -v seed="$seed" -v out="$OUT" '$1 == seed {print out "/runs" seed "/" $2}' "$OUT/runs.txt" | xargs -n 12 echo "golden $seed"
+    awk -v seed="$seed" -v out="$OUT" '$1 == seed {print out "/runs" seed "/" $2}' "$OUT/runs.txt" |
+        xargs -n 12 echo "golden $seed"
 done | xargs -P "$JOBS" -I{} bash -c '{}'
 
-# The figures and Table 1, by the golden reward model and by the truth; a learning rate each
-for lr in $LR $LR3; do
-    python evaluate.py plot $(awk -v lr="-lr$lr(-|$)" -v out="$OUT" '$2 ~ lr {print out "/runs" $1 "/" $2}' "$OUT/runs.txt") --out "toy/results/lr$lr"
-    rm -rf "$OUT/truth$lr"
-    python toy/truth.py "$OUT/truth$lr" $(awk -v lr="-lr$lr(-|$)" -v out="$OUT" '$2 ~ lr {print out "/runs" $1 "/" $2}' "$OUT/runs.txt")
-    python evaluate.py plot "$OUT/truth$lr"/* --out "toy/results/lr$lr-truth"
-done
-for figure in figure3 figure4 figure5 figure6; do cp "toy/results/lr$LR/$figure.png" "results/study_$figure.png"; done
-cp "toy/results/lr$LR-truth/figure4.png" results/study_truth_figure4.png
-rm -f toy/results/*/*.png toy/results/*/*.svg toy/results/*-truth/figure6.jsonl "toy/results/lr$LR3/figure6.jsonl"  # the rows stay
+# Rows and tables of both judges; pictures at the first rate. Figure 6 is of the training logs: its rows stand beside.
+python toy/truth.py "$OUT/truth" $(awk -v out="$OUT" '{print out "/runs" $1 "/" $2}' "$OUT/runs.txt") \
+    --rows results/study_golden.jsonl
+python evaluate.py plot "$OUT"/runs?/*-lr"$LR"{,-log_eps*} --out "$OUT/figures"
+python evaluate.py plot "$OUT"/truth/*-lr"$LR"{,-log_eps*} --out "$OUT/truth_figures"
+for figure in figure3 figure4 figure5 figure6; do cp "$OUT/figures/$figure.png" "results/study_$figure.png"; done
+cp "$OUT/figures/figure6.jsonl" results/study_figure6.jsonl
+cp "$OUT/truth_figures/figure4.png" results/study_truth_figure4.png

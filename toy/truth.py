@@ -1,43 +1,114 @@
-"""The truth as judge of runs on the toy task, in place of the golden reward model.
+"""The truth as judge of runs on the toy task, beside the golden reward model.
 
-    python toy/truth.py OUT RUN...
+    python toy/truth.py OUT RUN...                                   for `evaluate.py plot OUT/*`
+    python toy/truth.py OUT RUN... --rows results/study_golden.jsonl   and the rows and tables of the study
 
-writes OUT/<parent of RUN>-<RUN>/ for each run: its metrics.jsonl, and a golden.jsonl in which win_rate and reward are the truth's
-(toy/make.py) of the very completions that `evaluate.py golden --keep_samples` judged by the reward model; a completion and a
-reference of equal truth share a point, as rewards do. `evaluate.py plot OUT/*` then draws what really happened.
+writes OUT/<parent of RUN>-<RUN>/ for each run: its metrics.jsonl, and a golden.jsonl in which win_rate and reward are
+the truth's (toy/make.py) of the very completions that `evaluate.py golden --keep_samples` judged by the reward model; a
+completion and a reference of equal truth share a point, as rewards do.
+
+A row of study_golden.jsonl is a checkpoint: the run (`method`, `beta`, `lr`, `seed`), `step`, the golden model's
+measures as in golden.jsonl, `truth_win_rate` and `truth` (points) with their standard errors over prompts; `ess` (share
+of the step's pairs) and `weight` are means over the steps since the checkpoint before.
 """
 
-import importlib.util
+import argparse
+import json
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("toy_make", Path(__file__).with_name("make.py"))
-make = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make)
+import make
+from study import cell, table
+
+MEASURES = ("win_rate", "kl", "sqrt_kl", "reward", "length", "ended")
 
 
 def judge(path):
-    """Samples of a checkpoint, with references -> win rate and mean truth (points), with their standard errors over prompts."""
+    """Samples of a checkpoint, with references -> win rate and mean truth (points), with their standard errors over
+    prompts."""
     shares, truths = [], []
     for row in make.read_lines(path):
-        ours = [make.truth(row["prompt"], text, stop is not None) for text, stop in zip(row["completions"], row["stops"])]
+        said = zip(row["completions"], row["stops"])
+        ours = [make.truth(row["prompt"], text, stop is not None) for text, stop in said]
         theirs = [make.truth(row["prompt"], text) for text in row["references"]]
         shares.append(statistics.mean((a > b) + 0.5 * (a == b) for a in ours for b in theirs))
         truths.append(statistics.mean(ours))
     error = lambda values: statistics.stdev(values) / len(values) ** 0.5
-    return dict(win_rate=statistics.mean(shares), win_rate_se=error(shares), reward=statistics.mean(truths), reward_se=error(truths))
+    return dict(win_rate=statistics.mean(shares), win_rate_se=error(shares), reward=statistics.mean(truths),
+                reward_se=error(truths))
+
+
+def study_rows(run, verdicts):
+    """The rows of a run, the reference policy's first, from what the golden model and the truth (`verdicts`, a dict a
+    checkpoint) say."""
+    header, *steps = make.read_lines(run / "metrics.jsonl")
+    args, before = header["args"], 0
+    method = args["loss"] if args["log_eps"] == 1 else f"{args['loss']}, log_eps {args['log_eps']:g}"
+    for row, truth in zip(make.read_lines(run / "golden.jsonl"), verdicts):
+        of = dict(method=method, beta=args["beta"], lr=args["lr"], seed=args["seed"], step=row["step"])
+        of |= {name: row[name] for measure in MEASURES for name in (measure, f"{measure}_se")}
+        of |= dict(truth_win_rate=truth["win_rate"], truth_win_rate_se=truth["win_rate_se"], truth=truth["reward"],
+                   truth_se=truth["reward_se"])
+        if since := steps[before : row["step"]]:
+            of |= dict(ess=statistics.mean(step["weights/ess"] for step in since) / args["batch_size"],
+                       weight=statistics.mean(step["weights/mean"] for step in since))
+        before = row["step"]
+        yield of
+
+
+def report(rows):
+    """The tables, as Markdown: every method at its end, and its difference from dpo by seed."""
+    text = ("Made by `toy/truth.py` from study_golden.jsonl (`toy/study.sh`). Means over 3 seeds ± half the 95% t"
+            " interval, which is 4.3 standard errors; win rates in %, differences of runs of one seed in points. Peak:"
+            " the highest of a run's checkpoints and the reference, by the same prompts. ESS share: mean over the last"
+            " 18 steps.\n")
+    paths = {}  # (beta, lr): {method: {seed: rows}}
+    for row in rows:
+        of_method = paths.setdefault((row["beta"], row["lr"]), {}).setdefault(row["method"], {})
+        of_method.setdefault(row["seed"], []).append(row)
+    final = lambda path, name="win_rate": 100 * path[-1][name]
+    peak = lambda path: max(100 * row["win_rate"] for row in path)
+    for (beta, lr), methods in sorted(paths.items(), key=lambda item: item[0][::-1]):
+        ends, differences = [], []
+        for method, runs in methods.items():
+            runs = [runs[seed] for seed in sorted(runs)]
+            ends.append([method, str(len(runs)), cell([final(path) for path in runs]), cell([*map(peak, runs)]),
+                         cell([peak(path) - final(path) for path in runs]),
+                         cell([path[-1]["sqrt_kl"] for path in runs], 2),
+                         cell([path[-1]["length"] for path in runs]), cell([path[-1]["ess"] for path in runs], 2),
+                         cell([final(path, "truth_win_rate") for path in runs])])
+            if method != "dpo":
+                pairs = [(methods[method][seed], methods["dpo"][seed]) for seed in sorted(methods[method])]
+                by = {name: [final(a, name) - final(b, name) for a, b in pairs]
+                      for name in ("win_rate", "truth_win_rate")}
+                differences.append([f"{method} - dpo", cell(by["win_rate"]), str(sum(d > 0 for d in by["win_rate"])),
+                                    cell(by["truth_win_rate"]), str(sum(d > 0 for d in by["truth_win_rate"]))])
+        header = ["method", "seeds", "golden: final win rate", "peak", "drop", "sqrt KL", "length (tokens)",
+                  "ESS share", "truth: final win rate"]
+        text += f"\n### beta {beta:g}, learning rate {lr:g}\n\n{table(header, ends)}\n"
+        text += table(["difference", "golden: final", "seeds above 0", "truth: final", "seeds above 0"], differences)
+    return text
 
 
 def main():
-    out, *runs = map(Path, sys.argv[1:])
-    for run in runs:
-        to = out / f"{run.parent.name}-{run.name}"
+    parser = argparse.ArgumentParser(description="the truth's verdicts on runs on the toy task")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--rows", type=Path, help="rows of all runs, and tables beside them (.md)")
+    args = parser.parse_args()
+    rows = []
+    for run in args.runs:
+        to = args.out / f"{run.parent.name}-{run.name}"
         to.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / "metrics.jsonl", to / "metrics.jsonl")
-        rows = [row | judge(run / "golden_samples" / f"{row['checkpoint']}.jsonl") for row in make.read_lines(run / "golden.jsonl")]
-        (to / "golden.jsonl").write_bytes(make.json_lines(rows))
+        golden = make.read_lines(run / "golden.jsonl")
+        verdicts = [judge(run / "golden_samples" / f"{row['checkpoint']}.jsonl") for row in golden]
+        (to / "golden.jsonl").write_bytes(make.json_lines([row | truth for row, truth in zip(golden, verdicts)]))
+        rows += study_rows(run, verdicts) if args.rows else []
+    if args.rows:
+        args.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        args.rows.with_suffix(".md").write_text(report(rows))
 
 
 if __name__ == "__main__":
