@@ -346,7 +346,7 @@ def main():
     header = on_rank_0(lambda: run_header("train_pref", args, world, device, dict(model=model_dir, ref=ref_dir)))
     resumed = on_rank_0(lambda: checkpoint_to_resume(out, header))
     if resumed == out / "final":
-        say(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed} --ref {args.model}")
+        say(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed} --ref {ref_dir}")
         return 0
     on_rank_0(lambda: open_tracker(args.track, out, header["args"]))
     begin_dir = resumed or model_dir
