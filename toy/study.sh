@@ -64,6 +64,7 @@ done | xargs -P "$JOBS" -I{} bash -c '{}'
 
 # The figures and Table 1, by the golden reward model and by the truth; a learning rate each
 for lr in $LR $LR3; do
+    rm -rf "toy/results/lr$lr" "toy/results/lr$lr-truth"  # plot writes only where nothing is, or its own
     python evaluate.py plot $(awk -v lr="-lr$lr(-|$)" -v out="$OUT" '$2 ~ lr {print out "/runs" $1 "/" $2}' "$OUT/runs.txt") --out "toy/results/lr$lr"
     rm -rf "$OUT/truth$lr"
     python toy/truth.py "$OUT/truth$lr" $(awk -v lr="-lr$lr(-|$)" -v out="$OUT" '$2 ~ lr {print out "/runs" $1 "/" $2}' "$OUT/runs.txt")
@@ -71,4 +72,4 @@ for lr in $LR $LR3; do
 done
 for figure in figure3 figure4 figure5 figure6; do cp "toy/results/lr$LR/$figure.png" "results/study_$figure.png"; done
 cp "toy/results/lr$LR-truth/figure4.png" results/study_truth_figure4.png
-rm -f toy/results/*/*.png toy/results/*/*.svg toy/results/*-truth/figure6.jsonl "toy/results/lr$LR3/figure6.jsonl"  # the rows stay
+rm -f toy/results/*/*.png toy/results/*/.lock toy/results/*-truth/figure6.jsonl "toy/results/lr$LR3/figure6.jsonl"  # the rows stay
