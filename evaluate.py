@@ -38,7 +38,6 @@ import threading
 import time
 import zlib
 from array import array
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -1128,294 +1127,207 @@ def grade_result(scored):
 
 
 # ------------------------------------------------------------------- plot: figures 3 to 6 and Table 1 from JSON lines
-# A figure is first a list of rows, written beside it; the picture is drawn from the rows alone. Win rates in %, sqrt KL
-# in sqrt nats, log-ratios and log_eps in nats, lengths in tokens. `x_se` is the standard error of the mean x over
-# seeds; of a single run that of its evaluation, over prompts; None where there is none.
+# Win rates in %, sqrt KL in sqrt nats, log-ratios and log_eps in nats, lengths in tokens. `x_se` is the standard error
+# of the mean x over n seeds; of a single run that of its evaluation, over prompts; null where there is none.
 LOOKS = {"dpo": ("#b04000", "s"), "is_dpo": ("#0060a0", "o"), "ipo": ("#d08a00", "v"), "is_ipo": ("#3a7d34", "^"),
          "chi_po": ("#7a3b8f", "D"), "rpo": ("#606060", "P"), "length_dpo": ("#8c6d46", "X"), "online": ("black", "*")}
-COMPARED = ("dpo", "is_dpo")  # drawn thick, and with bands
-WIN_RATE, SQRT_KL = "win rate (%)", r"$\sqrt{\mathrm{KL}(\pi\,\|\,\mathrm{ref})}$ ($\sqrt{\mathrm{nats}}$)"
-TRAINING = {"ratio/chosen": r"mean log $\pi$/ref, chosen (nats)",
-            "ratio/rejected": r"mean log $\pi$/ref, rejected (nats)", "weights/mean": "mean weight (capped)"}
-MEASURES = ("win_rate", "sqrt_kl", "reward", "length")
-# What runs in one plot share; what those of one setting share, too; and those of one seed: another seed may have its
-# own data, reference and reward model. Fingerprints and not paths, which differ between machines.
-COMMON = ("protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length",
-          "max_prompt_length")
-OF_SETTING, OF_SEED = ("label_smoothing", "length_average", "eta", "alpha", "r_max"), ("golden settings", "data")
-# Table 1: name of a number, its column, digits
-COLUMNS = (("peak_win_rate", "peak win rate (%)", 1), ("peak_sqrt_kl", "√KL there", 2),
-           ("final_win_rate", "final win rate (%)", 1), ("final_sqrt_kl", "√KL there", 2),
-           ("drop", "drop (points)", 1),
-           ("ess_share", "ESS share", 2), ("final_reward", "final reward", 2), ("final_length", "final length", 1))
+COMPARED = ("dpo", "is_dpo")  # drawn thick, and with bands: those of seven losses would hide each other
+LABELS = {"epoch": "epoch", "win_rate": "win rate (%)", "sqrt_kl": "√KL(π || ref) (√nats)",
+          "ratio/chosen": "mean log π/ref, chosen (nats)", "ratio/rejected": "mean log π/ref, rejected (nats)",
+          "weights/mean": "mean weight (capped)", "place": "log ε (nats a response; inf: no cap)",
+          "peak_win_rate": "peak win rate (%)", "final_win_rate": "final win rate (%)",
+          "final_sqrt_kl": "final √KL (√nats)"}
+TRAINING = ["ratio/chosen", "ratio/rejected", "weights/mean"]
+TABLE = ["peak_win_rate", "peak_sqrt_kl", "final_win_rate", "final_sqrt_kl", "drop", "ess_share", "final_length"]
 TABLE_NOTE = """
-Mean ± standard error over seeds, of one run over prompts; √KL in √nats, lengths in tokens; golden settings {}.
-The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS
-share: effective sample size of the weights over the step's pairs, median of the last tenth of the steps; 1 without
-weights.
+Mean ± standard error over n seeds, of one run over prompts; win rates in %, √KL in √nats, lengths in tokens. The peak
+is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
+effective sample size of the weights over the step's pairs, median of the last tenth of the steps.
 """
+METHOD, SETTING = ["beta", "lr", "loss"], ["beta", "lr", "loss", "log_eps"]
+# What runs in one plot share, and what those of one setting share, too
+COMMON = ["protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length",
+          "max_prompt_length"]
+OF_SETTING = ["label_smoothing", "length_average", "eta", "alpha", "r_max", "ess_target"]
 
 
 def read_run(directory):
-    """-> a run of train_pref.py: name, setting (beta, lr, loss, log_eps: None where the loss has none, "inf" for no
-    cap: JSON has no infinity), seed, args, steps (lines of metrics.jsonl) and points (lines of golden.jsonl under its
-    last settings, from step 0 on, win rates in %). Raises UserError."""
-    metrics, golden = directory / "metrics.jsonl", directory / "golden.jsonl"
+    """-> flags of a run of train_pref.py (log_eps None where the loss has none), and name, steps (lines of
+    metrics.jsonl), points (lines of golden.jsonl under its last settings, win rates in %), `golden settings`, protocol
+    and data, fingerprints of the evaluation and of the pairs. Raises UserError."""
+    metrics, golden = Path(directory, "metrics.jsonl"), Path(directory, "golden.jsonl")
     remedy = f"python evaluate.py golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {directory}"
-    if not metrics.is_file() or not golden.is_file():
-        raise UserError(f"{directory}: not a run of train_pref.py that has been evaluated: first run {remedy}")
-    header, *steps = [row for _, row in whole_lines(metrics)] or [{}]
-    args, lines, points = header.get("args"), whole_lines(golden), {}
-    needed = {"loss", "beta", "lr", "seed", "batch_size"}
-    if not isinstance(args, dict) or not needed <= args.keys() or args["loss"] not in LOOKS:
-        raise UserError(f"{metrics}:1: not the header of a run of train_pref.py")
-    last = lines[-1][1] if lines else {}
+    logged, lines = (whole_lines(path) if path.is_file() else [] for path in (metrics, golden))
+    header, *steps = [row for _, row in logged] or [{}]
+    args, points = header.get("args"), {}
+    if not isinstance(args, dict) or args.get("loss") not in LOOKS or not steps:
+        raise UserError(f"{metrics}:1: not the header of a run of train_pref.py, or no steps after it")
     for where, row in lines:
-        if row.get("settings") == last.get("settings"):
-            if not all(isinstance(row.get(name), (int, float)) and math.isfinite(row[name]) for name in MEASURES):
-                raise UserError(f"{where}: {', '.join(MEASURES)} must be numbers: delete {golden} and run {remedy}")
-            percent = {name: 100 * row[name] for name in ("win_rate", "win_rate_se") if row.get(name) is not None}
-            points[row["step"]] = row | percent
-    if 0 not in points:
-        raise UserError(f"{golden}: no line of step 0, the reference: {remedy} goes on where it stopped")
-    if max(points) < header.get("steps", 0):
+        if row.get("settings") == lines[-1][1].get("settings"):
+            measures = {name: row.get(name) for name in ("win_rate", "sqrt_kl", "length")}
+            if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in measures.values()):
+                raise UserError(f"{where}: {measures} must be numbers: delete {golden} and run {remedy}")
+            points[row["step"]] = row | dict(win_rate=100 * row["win_rate"], win_rate_se=100 * row["win_rate_se"])
+    if 0 not in points or len(points) == 1:
+        raise UserError(f"{golden}: no line of step 0, the reference, or none after it: run {remedy}")
+    if max(points) < header["steps"]:
         say(f"{directory}: evaluated up to step {max(points)} of {header['steps']}: it stands for the final policy")
-    log_eps = args.get("log_eps") if args["loss"].startswith("is_") else None
-    setting = dict(beta=args["beta"], lr=args["lr"], loss=args["loss"])
-    setting["log_eps"] = "inf" if log_eps == math.inf else log_eps
-    args |= {"golden settings": last["settings"], "protocol": last.get("protocol"), "data": header.get("data")}
-    return dict(name=str(directory), setting=setting, seed=args["seed"], args=args, steps=steps,
-                points=[points[step] for step in sorted(points)])
+    log_eps = args["log_eps"] if args["loss"].startswith("is_") else None
+    points = [points[step] for step in sorted(points)]
+    return args | {"name": directory, "log_eps": log_eps, "steps": steps, "points": points, "data": header.get("data"),
+                   "golden settings": row["settings"], "protocol": row.get("protocol")}
 
 
 def check_comparable(runs):
     """Raise UserError where runs were not trained and evaluated alike enough for a figure, or one comes twice."""
     for a, b in itertools.combinations(runs, 2):
-        same_setting, same_seed = a["setting"] == b["setting"], a["seed"] == b["seed"]
-        names = COMMON + OF_SETTING * same_setting + OF_SEED * same_seed
-        values = {name: (a["args"].get(name), b["args"].get(name)) for name in names}
-        differ = [f"{name} {one!r} and {other!r}" for name, (one, other) in values.items() if one != other]
+        same_setting, same_seed = all(a[name] == b[name] for name in SETTING), a["seed"] == b["seed"]
+        names = COMMON + OF_SETTING * same_setting
+        if same_seed:  # another one may have its own data, reference and reward model
+            names = names + ["golden settings", "data"]  # fingerprints: paths differ between machines
+        differ = [f"{name} {a.get(name)!r} and {b.get(name)!r}" for name in names if a.get(name) != b.get(name)]
         if differ or (same_setting and same_seed):
             raise UserError(f"{a['name']} and {b['name']} do not belong in one plot:"
                             f" {'; '.join(differ) or 'the same setting and seed'}")
 
 
-def by_setting(runs):
-    """[(setting, its runs, one a seed)], in the order of beta, lr, loss, log_eps."""
-    groups, losses = {}, list(LOOKS)
-    for run in sorted(runs, key=lambda run: run["seed"]):
-        groups.setdefault(tuple(run["setting"].values()), []).append(run)
-    order = sorted(groups, key=lambda key: (*key[:2], losses.index(key[2]), float(key[3] or 0)))
-    return [(groups[key][0]["setting"], groups[key]) for key in order]
+def average(runs, lines, names, key=()):
+    """lines(run), dicts, of all runs -> DataFrame, a row a setting and value of the columns `key`: the means over n
+    seeds of each seed's mean, and their standard errors, sd / sqrt(n); of a single seed the errors that it says."""
+    import pandas as pd  # here: the other commands do not wait for it
+
+    by, errors = [*SETTING, *key], [f"{name}_se" for name in names]
+    rows = [line | {name: run[name] for name in (*SETTING, "seed")} for run in runs for line in lines(run)]
+    kinds = {"loss": pd.CategoricalDtype(list(LOOKS))} | dict.fromkeys(["log_eps", *names, *errors], float)
+    frame = pd.DataFrame(rows, columns=[*by, "seed", *names, *errors]).astype(kinds)
+    seeds = frame.groupby([*by, "seed"], dropna=False, observed=True).mean().reset_index()
+    groups = seeds.groupby(by, dropna=False, observed=True)
+    spread = groups[names].sem().add_suffix("_se").fillna(groups[errors].mean())
+    return pd.concat([groups.size().rename("n"), groups[names].mean(), spread], axis=1).reset_index()
 
 
-def average(runs, records, key, names):
-    """records(run) -> dicts, one a value of `key` -> a row a setting and value: of each name the mean over the n seeds
-    and its standard error, sd / sqrt(n); of a single seed what its record says itself."""
-    rows = []
-    for setting, group in by_setting(runs):
-        of_seeds = {}
-        for record in itertools.chain.from_iterable(map(records, group)):
-            of_seeds.setdefault(record[key], []).append(record)
-        for value, found in sorted(of_seeds.items()):
-            rows.append(dict(**setting, n=len(found)) | {key: value})
-            for name in names:
-                values = [record[name] for record in found if record[name] is not None]
-                rows[-1][name] = float(np.mean(values)) if values else None
-                rows[-1][f"{name}_se"] = found[0].get(f"{name}_se") if len(found) == 1 else None
-                if len(values) > 1:
-                    rows[-1][f"{name}_se"] = float(np.std(values, ddof=1) / len(values) ** 0.5)
-    return rows
+def fit_curve(seeds, start, grid):
+    """(a, b) of WR(d) = WR_sft + d (a - b log d), d = sqrt KL (Gao et al. 2022, Rafailov et al. 2024), by least squares
+    with WR_sft = `start` fixed; the curve at `grid` (G,); 2.5 and 97.5 percentiles (2, G) of curves of 1,000 draws of
+    seeds with replacement. A seed is an array (checkpoints, 2) of d > 0 and win rate, and stays whole; three have but
+    ten different draws."""
+    fits, picks = [], np.random.default_rng(0).integers(len(seeds), size=(1000, len(seeds)))
+    for pick in [range(len(seeds)), *picks]:
+        d, win_rates = np.concatenate([seeds[k] for k in pick]).T
+        fits.append(np.linalg.lstsq(np.stack([d, -d * np.log(d)], -1), win_rates - start, rcond=None)[0])
+    curves = [start + grid * (a - b * np.log(grid)) for a, b in fits]
+    return fits[0], curves[0], np.percentile(curves[1:], [2.5, 97.5], axis=0)
 
 
-def curve_terms(d):
-    """The columns (N, 2) that a and b multiply in WR(d) - WR_sft = d (a - b log d) at d = sqrt KL (N,); 0 at d = 0 (Gao
-    et al. 2022, Rafailov et al. 2024)."""
-    return np.stack([d, -d * np.log(np.where(d > 0, d, 1.0))], -1)
+def draw(rows, x, ys, ticks=None, **line):
+    """A column of axes a (beta, lr), a line of axes a y; over x the means of each loss, with bars of one standard
+    error. Full markers: the weighted losses."""
+    from matplotlib.figure import Figure
+
+    panels = rows.groupby(["beta", "lr"])
+    figure = Figure(figsize=(max(9, 1 + 3.4 * len(panels)), 2 + 2.4 * len(ys)), layout="constrained")
+    axes = figure.subplots(len(ys), len(panels), sharex="col", sharey="row", squeeze=False)
+    for ((beta, lr), panel), column in zip(panels, axes.T):
+        column[0].set_title(f"β = {beta:g}, lr {lr:g}", fontsize=10)
+        column[-1].set_xlabel(LABELS[x])
+        for (loss, mine), (ax, y) in itertools.product(panel.groupby("loss", observed=True), zip(column, ys)):
+            color, marker = LOOKS[loss]
+            look = dict(color=color, marker=marker, markersize=4, linewidth=1.8 if loss in COMPARED else 0.8,
+                        fillstyle="full" if loss.startswith("is_") else "none")
+            ax.errorbar(mine[x], mine[y], mine[f"{y}_se"], label=loss, elinewidth=0.8, capsize=2, **look | line)
+        if ticks:
+            column[-1].set_xticks(range(len(ticks)), ticks)
+    for ax, y in zip(axes[:, 0], ys):
+        ax.set_ylabel(LABELS[y])
+    return figure
 
 
-def fit_curve(d, win_rates, start):
-    """(a, b) by least squares, WR_sft = `start` held fixed; None where d > 0 at fewer than 3 points or one distance."""
-    terms = curve_terms(d[d > 0])
-    if len(terms) < 3 or np.linalg.matrix_rank(terms) < 2:
-        return None
-    return np.linalg.lstsq(terms, win_rates[d > 0] - start, rcond=None)[0]
+def draw_curves(runs, points):
+    """Figure 3: means of the checkpoints; where each seed has three, the curve fitted to all seeds' own, with a star at
+    its maximum (exp(a/b - 1), WR_sft + b d), where a - b log d - b = 0, if that is inside the data -> rows, figure."""
+    import pandas as pd
 
-
-def curve_peak(a, b, start):
-    """The maximum (d*, WR*) = (exp(a/b - 1), WR_sft + b d*), where the derivative a - b log d - b is 0. (None, None)
-    where there is none at d > 0 that a float holds."""
-    if b <= 0 or a / b > 700:
-        return None, None
-    d = math.exp(a / b - 1)
-    return d, start + b * d
-
-
-def bootstrap_band(seeds, start, grid, draws=1000):
-    """2.5 and 97.5 percentiles (2, G), at the distances `grid` (G,), of curves fitted to seeds drawn with replacement.
-    A seed is an array (checkpoints, 2) of d and win rate and stays whole; three have but ten different draws."""
-    picks = np.random.default_rng(0).integers(len(seeds), size=(draws, len(seeds)))
-    fits = [fit_curve(*np.concatenate([seeds[k] for k in pick]).T, start) for pick in picks]
-    curves = [start + curve_terms(grid) @ fit for fit in fits if fit is not None]
-    return np.percentile(curves, [2.5, 97.5], axis=0)
-
-
-def curve_rows(runs):
-    """Figure 3, a row a setting: the curve's a (points a sqrt nat) and b, None where there is no fit; root mean square
-    residual (points), peak (None: there is none), whether it is inside the data; the curve and its band as drawn."""
-    rows = []
-    for setting, group in by_setting(runs):
-        start = float(np.mean([run["points"][0]["win_rate"] for run in group]))
-        # Without the reference, where the curve is WR_sft whatever a and b.
-        seeds = [np.array([(point["sqrt_kl"], point["win_rate"]) for point in run["points"][1:]]) for run in group]
-        d, win_rates = np.concatenate(seeds).T
-        fitted, d, win_rates = fit_curve(d, win_rates, start), d[d > 0], win_rates[d > 0]
-        rows.append(dict(**setting, seeds=len(group), points=len(d), start=start, a=None, b=None))
-        if fitted is not None:
-            (a, b), grid = fitted.tolist(), np.linspace(0, d.max(), 61)
-            residual = np.sqrt(np.mean((win_rates - start - curve_terms(d) @ fitted) ** 2))
-            (peak, peak_win_rate), low, high = curve_peak(a, b, start), float(d.min()), float(d.max())
-            rows[-1] |= dict(a=a, b=b, residual=float(residual), peak_sqrt_kl=peak, peak_win_rate=peak_win_rate,
-                             low=low, high=high, inside=peak is not None and low <= peak <= high, sqrt_kl=grid.tolist(),
-                             win_rate=(start + curve_terms(grid) @ fitted).tolist(),
-                             band=bootstrap_band(seeds, start, grid).tolist() if len(seeds) > 1 else None)
-    return rows
-
-
-def training_bins(run, size):
-    """Figure 6: means over `size` steps of log pi/ref (nats) of chosen and of rejected responses, and of the weight
-    (capped; 1 where the loss has none). The paper plots a mean ratio, which a few pairs would decide; the exp of a mean
-    log-ratio is the geometric mean and lies below it. A value that was not finite is None and left out."""
-    for start in range(0, len(run["steps"]), size):
-        values = {name: [line[name] for line in run["steps"][start : start + size] if line[name] is not None]
-                  for name in ("epoch", *TRAINING)}
-        yield {"first_step": start + 1} | {name: float(np.mean(v)) if v else None for name, v in values.items()}
+    figure, rows = draw(points, "sqrt_kl", ["win_rate"], linestyle=""), []
+    axes = dict(zip(points.groupby(["beta", "lr"]).groups, figure.axes))
+    for row in points[points["step"] == 0].to_dict("records"):
+        seeds = [np.array([(point["sqrt_kl"], point["win_rate"]) for point in run["points"][1:] if point["sqrt_kl"]])
+                 for run in runs if all(run[name] == row[name] for name in METHOD)]
+        if min(map(len, seeds)) < 3:
+            continue
+        d, start = np.concatenate(seeds)[:, 0], row["win_rate"]
+        grid = np.linspace(1e-9, d.max(), 61)
+        (a, b), curve, band = fit_curve(seeds, start, grid)
+        peak = math.exp(a / b - 1) if b > 0 and a / b < 700 else math.nan  # none that a float holds
+        inside = bool(d.min() <= peak <= d.max())
+        rows.append({name: row[name] for name in (*SETTING, "n")}
+                    | dict(start=start, a=a, b=b, peak_sqrt_kl=peak, peak_win_rate=start + b * peak, inside=inside))
+        ax, color, compared = axes[row["beta"], row["lr"]], LOOKS[row["loss"]][0], row["loss"] in COMPARED
+        ax.plot(grid, curve, color=color, linewidth=1.8 if compared else 0.8)
+        if compared:
+            ax.fill_between(grid, *band, color=color, alpha=0.12, linewidth=0)
+        if inside:
+            ax.plot(peak, start + b * peak, "*", color=color, markersize=13, mec="white")
+    figure.axes[-1].plot([], [], "*", color="grey", markersize=11, label="peak of a fitted curve")
+    return pd.DataFrame(rows), figure
 
 
 def run_numbers(run):
     """What Table 1 says of one run: the measures of the final policy and of the peak, the best of the checkpoints and
     the reference; the drop between (points); the ESS share."""
-    final, peak = run["points"][-1], max(run["points"], key=lambda point: point["win_rate"])
-    numbers = {f"{when}_{name}{end}": point.get(name + end) for when, point in (("peak", peak), ("final", final))
-               for name in MEASURES for end in ("", "_se")}
+    peak, final = max(run["points"], key=lambda point: point["win_rate"]), run["points"][-1]
+    numbers = {f"{when}_{name}": x for when, point in dict(peak=peak, final=final).items() for name, x in point.items()}
     sizes = [line["weights/ess"] for line in run["steps"][-max(1, len(run["steps"]) // 10) :]]
-    sizes = [size for size in sizes if size is not None]  # the median is not an epoch's last step, which may be short
-    ess_share = float(np.median(sizes)) / run["args"]["batch_size"] if sizes else None
-    return numbers | dict(kind="setting", drop=peak["win_rate"] - final["win_rate"], ess_share=ess_share)
+    ess = np.nanmedian(np.array(sizes, dtype=float))  # no mean: an epoch's last step may be short. NaN: not finite
+    return numbers | dict(drop=peak["win_rate"] - final["win_rate"], ess_share=ess / run["batch_size"])
 
 
-def markdown_table(rows, settings):
-    titles = ["loss", "β", "log ε", "lr", "seeds", *(title for _, title, _ in COLUMNS)]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for row in rows:
-        log_eps = "-" if row["log_eps"] is None else row["log_eps"]
-        cells = [row["loss"], f"{row['beta']:g}", str(log_eps), f"{row['lr']:g}", str(row["n"])]
-        for name, _, digits in COLUMNS:
-            mean, se = (None if x is None else f"{x:.{digits}f}" for x in (row[name], row[f"{name}_se"]))
-            cells.append("-" if mean is None else mean if se is None else f"{mean} ± {se}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" + TABLE_NOTE.format(settings)
-
-
-def draw(rows, x, labels, x_label, **line):
-    """A column of axes a (beta, lr), a line of axes a y, labels: {y: its axis' label}; over x the means of each loss,
-    with bars of one standard error -> figure, {(beta, lr): its axes}. Full markers: the weighted losses."""
-    from matplotlib.figure import Figure
-
-    panels = sorted({(row["beta"], row["lr"]) for row in rows})
-    losses = [loss for loss in LOOKS if any(row["loss"] == loss for row in rows)]
-    width, height = max(6.0, 1 + 3.4 * len(panels), 2 + len(losses)), 2.0 + 2.4 * len(labels)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(len(labels), len(panels), sharex="col", sharey="row", squeeze=False)
-    for (beta, lr), column in zip(panels, axes.T):
-        column[0].set_title(rf"$\beta$ = {beta:g}, lr {lr:g}", fontsize=10)
-        column[-1].set_xlabel(x_label)
-        for loss, (ax, y) in itertools.product(losses, zip(column, labels)):
-            mine = [row for row in rows if (row["beta"], row["lr"], row["loss"]) == (beta, lr, loss)]
-            place, mean, se = (np.array([row[key] for row in mine], dtype=float) for key in (x, y, f"{y}_se"))
-            (color, marker), every = LOOKS[loss], math.ceil(max(1, len(mine)) / 12)
-            look = dict(color=color, marker=marker, markersize=4, markevery=every, errorevery=every,
-                        fillstyle="full" if loss.startswith("is_") else "none",
-                        linewidth=1.8 if loss in COMPARED else 0.8)
-            ax.errorbar(place, mean, se, label=loss, elinewidth=0.8, capsize=2, **look | line)
-    for ax, label in zip(axes[:, 0], labels.values()):
-        ax.set_ylabel(label)
-    return figure, dict(zip(panels, axes.T))
-
-
-def draw_curves(curves, points):
-    """Figure 3: means of the checkpoints, the curve fitted to all seeds' own, a star at a peak among the data, and a
-    band at the compared losses: those of seven would hide each other."""
-    figure, columns = draw(points, "sqrt_kl", {"win_rate": WIN_RATE}, SQRT_KL, linestyle="")
-    for row in curves:
-        (ax,), color, compared = columns[row["beta"], row["lr"]], LOOKS[row["loss"]][0], row["loss"] in COMPARED
-        if row["a"] is not None:
-            ax.set_xlim(0, max(ax.get_xlim()[1], 1.05 * row["high"]))  # the means end before the curves of all seeds
-            ax.plot(row["sqrt_kl"], row["win_rate"], color=color, linewidth=1.8 if compared else 0.8)
-            if row["band"] and compared:
-                ax.fill_between(row["sqrt_kl"], *row["band"], color=color, alpha=0.12, linewidth=0)
-            if row["inside"]:
-                ax.plot(row["peak_sqrt_kl"], row["peak_win_rate"], "*", color=color, markersize=13, mec="white")
-    ax.plot([], [], "*", color="grey", markersize=11, label="peak of a fitted curve")
-    return figure
-
-
-def draw_caps(rows):
-    """Figure 5: over log_eps, evenly spaced."""
-    ticks = sorted({float(row["log_eps"]) for row in rows})
-    labels = {name: name.split("_")[0] + " " + label for name, label in
-              (("peak_win_rate", WIN_RATE), ("final_win_rate", WIN_RATE), ("final_sqrt_kl", SQRT_KL))}
-    rows = [row | dict(place=ticks.index(float(row["log_eps"]))) for row in rows]
-    figure, _ = draw(rows, "place", labels, r"log $\epsilon$ (nats a response; $\infty$: no cap)")
-    figure.axes[-1].set_xticks(range(len(ticks)), [r"$\infty$" if tick == math.inf else f"{tick:g}" for tick in ticks])
-    return figure
+def markdown_table(table):
+    lines = [["loss", "beta", "lr", "log_eps", "n", *TABLE], ["---"] * (5 + len(TABLE))]
+    for row in table.to_dict("records"):
+        numbers = [f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}" for name in TABLE]
+        lines.append([str(row[name]) for name in lines[0][:5]] + numbers)
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return text.replace(" ± nan", "").replace("nan", "-") + TABLE_NOTE
 
 
 def plot(args):
-    """Figures 3 to 6 and Table 1 of the runs given."""
-    runs, out = [read_run(Path(run)) for run in args.runs], Path(args.out)
+    """Figures 3 to 6 and Table 1 of the runs given, which must belong together."""
+    runs, out = sorted(map(read_run, args.runs), key=lambda run: run["seed"]), Path(args.out)
     check_comparable(runs)
-    caps = None, "inf" if args.log_eps == math.inf else args.log_eps
-    shown = [run for run in runs if run["setting"]["log_eps"] in caps]
-    if len(shown) < len(runs):
-        say(f"figures 3, 4 and 6 leave out {len(runs) - len(shown)} runs of a log_eps other than {args.log_eps:g}")
-    table = average(runs, lambda run: [run_numbers(run)], "kind", [name for name, *_ in COLUMNS])
-    several = Counter((row["beta"], row["lr"], row["loss"]) for row in table)  # rows differ in log_eps then
-    ablation = [row for row in table if several[row["beta"], row["lr"], row["loss"]] > 1]
-    evaluated = [run for run in shown if len(run["points"]) > 1]
-    size = max(1, max(len(run["steps"]) for run in runs) // 40)
-    points = average(evaluated, lambda run: run["points"], "step", ("epoch", "win_rate", "sqrt_kl"))
-    bins = average(shown, lambda run: training_bins(run, size), "first_step", ("epoch", *TRAINING))
-    curves, labels = curve_rows(evaluated), {"win_rate": WIN_RATE, "sqrt_kl": SQRT_KL}
-    figures = dict(figure3=(curves, lambda: draw_curves(curves, points)),
-                   figure4=(points, lambda: draw(points, "epoch", labels, "epoch")[0]),
-                   figure5=(ablation, lambda: draw_caps(ablation)),
-                   figure6=(bins, lambda: draw(bins, "epoch", TRAINING, "epoch")[0]))
-    for row in curves:
-        said = {name: value for name, value in row.items() if not isinstance(value, (list, type(None)))}
-        say("figure 3: " + ", ".join(f"{x} {y:.4g}" if type(y) is float else f"{x} {y}" for x, y in said.items()))
+    shown = [run for run in runs if run["log_eps"] in (None, args.log_eps)]
+    if not shown:
+        raise UserError(f"no run has log_eps {args.log_eps:g}, for figures 3, 4 and 6: choose another --log_eps")
+    say(f"figures 3, 4, 6: {len(shown)} of {len(runs)} runs, those without a log_eps or of {args.log_eps:g}")
+    table = average(runs, lambda run: [run_numbers(run)], TABLE)
+    points = average(shown, lambda run: run["points"], ["epoch", "win_rate", "sqrt_kl"], ["step"])
+    size = math.ceil(max(len(run["steps"]) for run in shown) / 20)
+    binned = lambda run: [line | dict(first_step=(line["step"] - 1) // size * size + 1) for line in run["steps"]]
+    bins = average(shown, binned, ["epoch", *TRAINING], ["first_step"])
+    curves, figure3 = draw_curves(shown, points)
+    figures = dict(figure3=(curves, figure3), figure4=(points, draw(points, "epoch", ["win_rate", "sqrt_kl"])),
+                   figure6=(bins, draw(bins, "epoch", TRAINING)))
+    ablation = table[table.groupby(METHOD, observed=True)["log_eps"].transform("nunique") > 1]
+    if len(ablation):
+        places, caps = ablation["log_eps"].rank(method="dense"), sorted(set(ablation["log_eps"]))
+        ys = ["peak_win_rate", "final_win_rate", "final_sqrt_kl"]
+        figures["figure5"] = ablation, draw(ablation.assign(place=places - 1), "place", ys, ticks=caps)
 
-    if out.exists() and any(out.iterdir()) and not (out / "plot.json").exists():
+    if out.exists() and any(out.iterdir()) and not (out / "table1.jsonl").exists():
         raise UserError(f"{out} is not empty, and `plot` did not make it: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
-    write_json(out / "plot.json", dict(runs=args.runs, log_eps=args.log_eps))
-    for name, (rows, picture) in figures.items():
-        if not rows:
-            reason = "no beta, lr and loss has two values of log_eps" if name == "figure5" else "no run has rows for it"
-            say(f"{name} is not drawn: {reason}")
-            for end in ("png", "jsonl"):  # an earlier one would pass for one of these runs
-                (out / f"{name}.{end}").unlink(missing_ok=True)
-            continue
-        figure = picture()
+    finite = lambda rows: rows.replace(math.inf, "inf")  # JSON has no infinity
+    as_json = dict(orient="records", lines=True, double_precision=15)
+    write_aside(out / "table1.jsonl", lambda aside: finite(table).to_json(aside, **as_json))
+    write_aside(out / "table1.md", lambda aside: aside.write_text(markdown_table(table)))
+    for stale in out.glob("figure5.*"):  # it would pass for one of these runs
+        stale.unlink()
+    for name, (rows, figure) in figures.items():
         legend = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}  # once
         figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend))
         write_aside(out / f"{name}.png", lambda aside: figure.savefig(aside, format="png", dpi=150))
-        write_lines(out / f"{name}.jsonl", rows)
-    write_lines(out / "table1.jsonl", table)
-    text = markdown_table(table, runs[0]["args"]["golden settings"])
-    write_aside(out / "table1.md", lambda aside: aside.write_text(text))
-    say(f"{out}: figures and table1.md of {len(runs)} runs")
+        write_aside(out / f"{name}.jsonl", lambda aside: finite(rows).to_json(aside, **as_json))
+    say(f"{out}: {', '.join(sorted(figures))} and table1.md of {len(runs)} runs")
 
 
 def main():

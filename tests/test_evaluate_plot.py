@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ import evaluate
 STEPS = [0, 16, 32, 48, 64]  # evaluated; a run has 64 steps of 8 pairs, 2 epochs of 256
 
 
-def write_run(folder, loss="is_dpo", beta=0.05, seed=0, log_eps=1.0, curve=None, lr=1e-4, settings="aaaa", protocol="n 256", header=(),
-              **flags):
+def write_run(folder, loss="is_dpo", beta=0.05, seed=0, log_eps=1.0, curve=None, lr=1e-4, settings="aaaa",
+              protocol="n 256", header=(), **flags):
     """A run with golden points on `curve` (d -> win rate in %), at d = 0, 0.5, 1, 1.5, 2 (plus 0.01 seed after step 0)."""
     folder.mkdir(parents=True)
     args = dict(loss=loss, beta=beta, lr=lr, seed=seed, log_eps=log_eps, batch_size=8, epochs=2) | flags
@@ -51,8 +52,30 @@ def run_plot(runs, out, log_eps=1.0):
     evaluate.plot(argparse.Namespace(runs=[str(run) for run in runs], out=str(out), log_eps=log_eps))
 
 
-def checkpoint_rows(runs):
-    return evaluate.average(runs, lambda run: run["points"], "step", ("epoch", "win_rate", "sqrt_kl"))
+def checkpoint_means(runs):
+    return evaluate.average(runs, lambda run: run["points"], ["epoch", "win_rate", "sqrt_kl"], ["step"])
+
+
+def fitted(*folders):
+    """The row of figure 3 of runs of one setting, or None, and its axes."""
+    runs = [evaluate.read_run(folder) for folder in folders]
+    rows, figure = evaluate.draw_curves(runs, checkpoint_means(runs))
+    assert len(rows) <= 1 and len(figure.axes) == 1
+    return (rows.to_dict("records") or [None])[0], figure.axes[0]
+
+
+def drawn_curves(ax):
+    """The fitted curves in axes: lines without markers of 61 points."""
+    return [line.get_xydata() for line in ax.get_lines() if len(line.get_xydata()) == 61]
+
+
+def bands(ax):
+    return [patch for patch in ax.collections if type(patch).__name__ == "FillBetweenPolyCollection"]
+
+
+def stars(ax):
+    lines = (line for line in ax.get_lines() if line.get_marker() == "*")
+    return [tuple(line.get_xydata()[0]) for line in lines if len(line.get_xydata())]
 
 
 def log_curve(start, a, b):
@@ -60,11 +83,18 @@ def log_curve(start, a, b):
 
 
 # ----------------------------------------------------------------------------------------------------- the curve and its peak
+def one_seed(d, win_rates, start, grid=(1.0,)):
+    return evaluate.fit_curve([np.stack([d, win_rates], -1)], start, np.array(grid))
+
+
 def test_fit_recovers_a_known_curve():
-    d = np.array([0, 0.3, 0.7, 1.1, 1.9, 2.5])
+    d = np.array([0.3, 0.7, 1.1, 1.9, 2.5])
     a, b, start = 21.0, 8.5, 47.0
-    win_rates = start + d * (a - b * np.array([math.log(x) if x else 0 for x in d]))
-    np.testing.assert_allclose(evaluate.fit_curve(d, win_rates, start), [a, b], rtol=1e-12)
+    win_rates = start + d * (a - b * np.array([math.log(x) for x in d]))
+    found, curve, _ = one_seed(d, win_rates, start, [1e-9, 0.5, 2.0])
+    np.testing.assert_allclose(found, [a, b], rtol=1e-12)
+    np.testing.assert_allclose(curve, [start + x * (a - b * math.log(x)) for x in (1e-9, 0.5, 2.0)], rtol=1e-12)
+    assert curve[0] == pytest.approx(start, abs=1e-6)
 
 
 def test_fit_is_least_squares():
@@ -76,95 +106,82 @@ def test_fit_is_least_squares():
     determinant = x @ x * (y @ y) - (x @ y) ** 2
     a = (gain @ x * (y @ y) - gain @ y * (x @ y)) / determinant
     b = (gain @ y * (x @ x) - gain @ x * (x @ y)) / determinant
-    fitted = evaluate.fit_curve(d, win_rates, start)
-    np.testing.assert_allclose(fitted, [a, b], rtol=1e-9)
+    np.testing.assert_allclose(one_seed(d, win_rates, start)[0], [a, b], rtol=1e-9)
     loss = lambda a, b: np.sum((gain - a * x - b * y) ** 2)
     grid = [(loss(a + i, b + j), i, j) for i in np.linspace(-1, 1, 41) for j in np.linspace(-1, 1, 41)]
     assert min(grid)[1:] == pytest.approx((0, 0), abs=1e-9)
 
 
-@pytest.mark.parametrize("a, b", [(20.0, 9.0), (5.0, 30.0), (-3.0, 4.0), (30.0, 10.0)])
-def test_peak_is_the_maximum(a, b):
-    grid = np.linspace(1e-6, 20, 2_000_001)
-    values = 50 + grid * (a - b * np.log(grid))
-    assert evaluate.curve_peak(a, b, 50.0) == pytest.approx((grid[values.argmax()], values.max()), abs=2e-5)
-
-
-@pytest.mark.parametrize("a, b", [(10.0, 0.0), (10.0, -2.0), (10.0, 1e-3)])  # the last: exp(9999)
-def test_no_peak(a, b):
-    assert evaluate.curve_peak(a, b, 50.0) == (None, None)
-
-
-@pytest.mark.parametrize("d", [[], [0, 0, 0, 0], [0, 1, 2], [1, 1, 1, 1]])
-def test_no_fit(d):
-    d = np.array(d, dtype=float)
-    assert evaluate.fit_curve(d, 50 + 0 * d, 50.0) is None
-
-
 def test_bootstrap_is_every_draw_in_its_proportion():
-    """For three seeds the 27 ordered draws can be listed; the percentiles of 1,000 random ones are near theirs, and repeatable."""
-    rng, grid = np.random.default_rng(1), np.linspace(0, 2, 9)
+    """For three seeds the 27 ordered draws can be listed; the percentiles of 1,000 random ones are near theirs, and
+    repeatable."""
+    rng, grid = np.random.default_rng(1), np.linspace(1e-9, 2, 9)
     seeds = []
     for k in range(6):
         d = rng.uniform(0.3, 2, 6)
         seeds.append(np.stack([d, 50 + d * (20 + 3 * k - 9 * np.log(d)) + rng.normal(size=6)], -1))
-    np.testing.assert_array_equal(evaluate.bootstrap_band(seeds, 50.0, grid), evaluate.bootstrap_band(seeds, 50.0, grid))
+    first, second = (evaluate.fit_curve(seeds, 50.0, grid) for _ in range(2))
+    np.testing.assert_array_equal(first[2], second[2])
     seeds = seeds[:3]
-    band = evaluate.bootstrap_band(seeds, 50.0, grid)
+    _, _, band = evaluate.fit_curve(seeds, 50.0, grid)
     curves = []
     for picked in itertools.product(range(3), repeat=3):
         d, win_rates = np.concatenate([seeds[k] for k in picked]).T
         terms = np.stack([d, -d * np.log(d)], -1)
         a, b = np.linalg.solve(terms.T @ terms, terms.T @ (win_rates - 50))
-        curves.append(50 + np.array([x * (a - b * math.log(x)) if x else 0 for x in grid]))
+        curves.append(50 + np.array([x * (a - b * math.log(x)) for x in grid]))
     curves = np.repeat(curves, 1000, axis=0)
     np.testing.assert_allclose(band, np.percentile(curves, [2.5, 97.5], axis=0), atol=0.3)
-    assert (band[:, 0] == 50).all() and band[1, -1] - band[0, -1] > 2
+    np.testing.assert_allclose(band[:, 0], 50, atol=1e-6)
+    assert band[1, -1] - band[0, -1] > 2
 
 
 # --------------------------------------------------------------------------------------------------------- the rows, from files
 def test_curve_rows(tmp_path):
-    """Two seeds on one log curve with WR_sft 50 and 52: the fit starts at 51 and its peak and residuals follow from that."""
+    """Two seeds on one log curve with WR_sft 50 and 52: the fit starts at 51 and its peak and curve follow from that."""
     curve = log_curve(51, 20, 12)
-    runs = [evaluate.read_run(write_run(tmp_path / f"{seed}", seed=seed, curve=curve)) for seed in (0, 1)]
-    runs[0]["points"][0]["win_rate"], runs[1]["points"][0]["win_rate"] = 50.0, 52.0
-    runs[1]["points"][0]["sqrt_kl"] = 1e-4  # rounding: still the reference, and no point of the fit
-    (row,) = evaluate.curve_rows(runs)
-    assert (row["start"], row["seeds"], row["points"]) == (pytest.approx(51), 2, 8)
+    folders = [write_run(tmp_path / f"{seed}", seed=seed, curve=curve) for seed in (0, 1)]
+    for folder, start in zip(folders, (50, 52)):
+        points = golden_points(folder)
+        points[0] |= dict(win_rate=start / 100, sqrt_kl=1e-4 * (start == 52))  # rounding: still the reference
+        write_golden(folder, points)
+    row, ax = fitted(*folders)
+    assert (row["start"], row["n"], row["loss"], row["log_eps"]) == (pytest.approx(51), 2, "is_dpo", 1.0)
     assert (row["a"], row["b"]) == (pytest.approx(20), pytest.approx(12))
-    assert row["residual"] == pytest.approx(0, abs=1e-9)
     assert row["peak_sqrt_kl"] == pytest.approx(math.exp(20 / 12 - 1)) and row["inside"]
     assert row["peak_win_rate"] == pytest.approx(curve(row["peak_sqrt_kl"]))
-    assert (row["low"], row["high"]) == (0.5, 2.01)
-    assert row["sqrt_kl"][0] == 0 and row["sqrt_kl"][-1] == 2.01
-    np.testing.assert_allclose(row["win_rate"], [curve(d) for d in row["sqrt_kl"]])
-    np.testing.assert_allclose(row["band"], [row["win_rate"]] * 2)  # both seeds lie on the curve
+    (line,), (band,) = drawn_curves(ax), bands(ax)
+    assert line[0, 0] == pytest.approx(0, abs=1e-6) and line[-1, 0] == 2.01  # the farthest checkpoint
+    np.testing.assert_allclose(line[:, 1], [curve(d) for d in line[:, 0]])
+    np.testing.assert_allclose([y - curve(d) for d, y in band.get_paths()[0].vertices], 0, atol=1e-9)  # both are on it
+    assert stars(ax) == [(row["peak_sqrt_kl"], row["peak_win_rate"])]
 
 
-def test_a_single_seed_has_no_band_and_a_residual(tmp_path):
-    """Points beside the curve: the root mean square of what numpy's own least squares leaves."""
-    folder = write_run(tmp_path / "run", curve=lambda d: 50 + 20 * d - 6 * d * d)
-    (row,) = evaluate.curve_rows([evaluate.read_run(folder)])
-    d = np.array([0.5, 1, 1.5, 2])
-    _, (left,), *_ = np.linalg.lstsq(np.stack([d, -d * np.log(d)], -1), 20 * d - 6 * d * d, rcond=None)
-    assert row["residual"] == pytest.approx(math.sqrt(left / 4)) and row["residual"] > 0.05 and row["band"] is None
+@pytest.mark.parametrize("a, b, inside",
+                         [(20, 12, True), (5, 30, False), (40, 12, False), (30, 10, False), (-3, 4, False)])
+def test_peak_is_the_maximum(tmp_path, a, b, inside):
+    """The best of a fine grid; the data are at 0.5 to 2."""
+    row, ax = fitted(write_run(tmp_path / "run", curve=log_curve(50, a, b)))
+    grid = np.linspace(1e-6, 20, 2_000_001)
+    values = 50 + grid * (a - b * np.log(grid))
+    assert (row["peak_sqrt_kl"], row["peak_win_rate"]) == pytest.approx((grid[values.argmax()], values.max()), abs=2e-5)
+    assert row["inside"] is inside and len(stars(ax)) == inside
 
 
-@pytest.mark.parametrize("a, b, inside", [(20, 12, True), (5, 30, False), (40, 12, False), (5, -3, False)])
-def test_inside_the_data(tmp_path, a, b, inside):
-    """0.5 to 2: peaks at 1.95, 0.43 and 10.3, and none."""
-    (row,) = evaluate.curve_rows([evaluate.read_run(write_run(tmp_path / "run", curve=log_curve(51, a, b)))])
-    assert row["inside"] is inside and (row["peak_sqrt_kl"] is None) == (b < 0)
+@pytest.mark.parametrize("a, b", [(5.0, -3.0), (10.0, 1e-3)])  # rising for ever; until d = exp(9999)
+def test_no_peak(tmp_path, a, b):
+    row, ax = fitted(write_run(tmp_path / "run", curve=log_curve(51, a, b)))
+    assert math.isnan(row["peak_sqrt_kl"]) and math.isnan(row["peak_win_rate"]) and row["inside"] is False
+    assert len(drawn_curves(ax)) == 1 and not stars(ax)
 
 
 def test_figure_3_without_a_fit(tmp_path):
-    """Too few checkpoints, or a policy that never left the reference: the points remain, and the picture."""
+    """Too few checkpoints, or a policy that never left the reference: the means remain, and the picture."""
     folder = write_run(tmp_path / "run")
     for points in (golden_points(folder)[:3], [dict(p, sqrt_kl=0.0) for p in golden_points(folder)]):
         write_golden(folder, points)
-        runs = [evaluate.read_run(folder)]
-        (row,) = evaluate.curve_rows(runs)
-        assert row["a"] is None and evaluate.draw_curves([row], checkpoint_rows(runs)).axes
+        row, ax = fitted(folder)
+        assert row is None and len(ax.containers[0].lines[0].get_xydata()) == len(points)
 
 
 def test_means_and_standard_errors(tmp_path):
@@ -174,27 +191,29 @@ def test_means_and_standard_errors(tmp_path):
     for seed, folder in enumerate(folders):
         points = [dict(p, win_rate=0.6 + 0.05 * noise[seed, k]) for k, p in enumerate(golden_points(folder))]
         write_golden(folder, points[: 4 if seed == 2 else 5])
-    rows = checkpoint_rows([evaluate.read_run(folder) for folder in folders])
+    rows = checkpoint_means([evaluate.read_run(folder) for folder in folders]).to_dict("records")
     assert [(row["step"], row["n"]) for row in rows] == [(0, 3), (16, 3), (32, 3), (48, 3), (64, 2)]
     for k, row in enumerate(rows):
         values = 60 + 5 * noise[: row["n"], k]
         assert row["win_rate"] == pytest.approx(values.mean())
-        assert row["win_rate_se"] == pytest.approx(math.sqrt(((values - values.mean()) ** 2).sum() / (row["n"] - 1) / row["n"]))
+        variance = ((values - values.mean()) ** 2).sum() / (row["n"] - 1)
+        assert row["win_rate_se"] == pytest.approx(math.sqrt(variance / row["n"]))
         assert row["epoch"] == row["step"] / 32
-    one = checkpoint_rows([evaluate.read_run(folders[0])])  # of one seed: over the prompts, as golden wrote it
+    # Of one seed: over the prompts, as golden wrote it
+    one = checkpoint_means([evaluate.read_run(folders[0])]).to_dict("records")
     assert all((row["n"], row["win_rate_se"], row["sqrt_kl_se"]) == (1, 2.0, 0.01) for row in one)
 
 
 def test_figure_6_rows(tmp_path):
-    """Bins of 10 of the 64 steps; a step that was not finite (null) is left out."""
+    """64 steps in bins of 4; a step that was not finite (null) is left out, and each seed counts once."""
     folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
     lines = (folders[0] / "metrics.jsonl").read_text().replace('"ratio/chosen": -0.1,', '"ratio/chosen": null,')
     (folders[0] / "metrics.jsonl").write_text(lines)
-    runs = [evaluate.read_run(folder) for folder in folders]
-    rows = evaluate.average(runs, lambda run: evaluate.training_bins(run, 10), "first_step", ("epoch", *evaluate.TRAINING))
-    assert [row["first_step"] for row in rows] == [1, 11, 21, 31, 41, 51, 61]
-    steps = [np.arange(first, min(first + 10, 65)) for first in range(1, 65, 10)]
-    for row, of_bin in zip(rows, steps):
+    run_plot(folders, tmp_path / "figs")
+    rows = rows_of(tmp_path / "figs" / "figure6.jsonl")
+    assert [row["first_step"] for row in rows] == list(range(1, 65, 4))
+    for row in rows:
+        of_bin = np.arange(row["first_step"], row["first_step"] + 4)
         first = of_bin[1:] if of_bin[0] == 1 else of_bin
         values = np.array([-0.1 * first.mean(), -0.1 * of_bin.mean() - 1])
         assert row["ratio/chosen"] == pytest.approx(values.mean())
@@ -205,14 +224,15 @@ def test_figure_6_rows(tmp_path):
 
 
 def test_run_numbers(tmp_path):
-    """Peak, drop and effective sample share: steps 59 to 64 have 4 of 8, but for the last, of 3 pairs, all of which count."""
+    """Peak, drop and effective sample share: steps 59 to 64 have 4 of 8, but for the last, of 3 pairs, all of which
+    count."""
     folder = write_run(tmp_path / "run", curve=lambda d: {0: 50, 0.5: 62, 1: 71, 1.5: 71, 2: 64.5}[d])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     lines[-1] = json.dumps(json.loads(lines[-1]) | {"weights/ess": 3.0})
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     numbers = evaluate.run_numbers(evaluate.read_run(folder))
-    expected = dict(peak_win_rate=71, peak_sqrt_kl=1, final_win_rate=64.5, final_win_rate_se=2, final_sqrt_kl=2, drop=6.5, final_reward=2,
-                    final_length=22, ess_share=4 / 8)
+    expected = dict(peak_win_rate=71, peak_sqrt_kl=1, final_win_rate=64.5, final_win_rate_se=2, final_sqrt_kl=2,
+                    drop=6.5, final_length=22, ess_share=4 / 8)
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
     losing = evaluate.run_numbers(evaluate.read_run(write_run(tmp_path / "losing", curve=lambda d: 50 - d)))
     assert (losing["peak_win_rate"], losing["peak_sqrt_kl"], losing["drop"]) == pytest.approx((50, 0, 2))
@@ -221,114 +241,145 @@ def test_run_numbers(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- the whole command
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """3 seeds of is_dpo, dpo and is_ipo at beta 0.05, one of dpo at 0.1, and an ablation of is_dpo over log_eps."""
+    """3 seeds of is_dpo, dpo and is_ipo at beta 0.05, one of dpo at 0.1, and ablations of is_dpo over log_eps: folder,
+    runs, {name: figure that was saved}."""
     folder = tmp_path_factory.mktemp("plot")
     runs = [write_run(folder / f"{loss}{seed}", loss, seed=seed, curve=log_curve(50 + (not k) * 0.1 * seed, 20 - k, 12))
             for k, loss in enumerate(("is_dpo", "dpo", "is_ipo")) for seed in range(3)]
     runs.append(write_run(folder / "single", "dpo", beta=0.1))
-    runs += [write_run(folder / f"eps{value}", log_eps=value, curve=log_curve(50, 18, 12)) for value in (0.0, 4.0, math.inf)]
-    run_plot(runs, folder / "figs")
-    return folder, runs
+    runs += [write_run(folder / f"eps{value}-{beta}", log_eps=value, beta=beta, curve=log_curve(50, 18, 12))
+             for value, beta in ((0.0, 0.05), (4.0, 0.05), (math.inf, 0.05), (0.5, 0.2), (4.0, 0.2))]
+    figures, save = {}, matplotlib.figure.Figure.savefig
+
+    def savefig(figure, path, **how):
+        figures[path.name.split(".")[1]] = figure
+        save(figure, path, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+        run_plot(runs, folder / "figs")
+    return folder, runs, figures
 
 
 def test_pictures(drawn):
-    folder, _ = drawn
+    folder, _, _ = drawn
     for k in (3, 4, 5, 6):
         image = matplotlib.image.imread(folder / "figs" / f"figure{k}.png")
         assert min(image.shape[:2]) > 500 and image[..., :3].std() > 0.02
 
 
 def test_rows_are_what_is_drawn(drawn):
-    """The lines and markers in the figures' axes, read back, are the numbers of the rows; so are the bars."""
-    folder, _ = drawn
-    points = rows_of(folder / "figs" / "figure4.jsonl")
-    figure, columns = evaluate.draw(points, "epoch", {"win_rate": "a", "sqrt_kl": "b"}, "epoch")
-    for ax, name in zip(columns[0.05, 1e-4], ("win_rate", "sqrt_kl")):
-        assert [container.get_label() for container in ax.containers] == ["dpo", "is_dpo", "is_ipo"]
-        for container in ax.containers:
-            mine = [row for row in points if row["loss"] == container.get_label() and row["beta"] == 0.05]
-            line, _, (bars,) = container.lines
-            assert len(mine) == 5 and line.get_color() == evaluate.LOOKS[mine[0]["loss"]][0]
-            np.testing.assert_array_equal(line.get_xydata(), [(row["epoch"], row[name]) for row in mine])
-            for (low, high), row in zip(bars.get_segments(), mine):
-                assert high[1] - low[1] == pytest.approx(2 * row[f"{name}_se"], abs=1e-9)
-    curves = rows_of(folder / "figs" / "figure3.jsonl")
-    ax = evaluate.draw_curves(curves, points).axes[0]
-    stars = {tuple(line.get_xydata()[0]) for line in ax.get_lines() if line.get_marker() == "*" and len(line.get_xydata())}
-    fits = [row for row in curves if row["beta"] == 0.05]
-    assert len(fits) == 3 and stars == {(fit["peak_sqrt_kl"], fit["peak_win_rate"]) for fit in fits if fit["inside"]}
-    drawn_curves = [line.get_xydata() for line in ax.get_lines() if len(line.get_xydata()) == 61]
-    for fit in fits:
-        assert any(np.array_equal(line, np.transpose([fit["sqrt_kl"], fit["win_rate"]])) for line in drawn_curves)
-    assert len([patch for patch in ax.collections if patch.__class__.__name__ == "FillBetweenPolyCollection"]) == 2  # not is_ipo
-    rows = rows_of(folder / "figs" / "figure5.jsonl")
-    peak, final, ax = evaluate.draw_caps(rows).axes
-    for top, when in ((peak, "peak"), (final, "final")):
-        (container,) = top.containers
-        assert container.get_label() == "is_dpo"
-        np.testing.assert_array_equal(container.lines[0].get_ydata(), [row[f"{when}_win_rate"] for row in rows])
+    """The markers, lines and bars in the axes that were saved are the numbers of the rows."""
+    folder, _, figures = drawn
+    training = ["ratio/chosen", "ratio/rejected", "weights/mean"]
+    for name, ys, n in (("figure4", ["win_rate", "sqrt_kl"], 5), ("figure6", training, 16)):
+        rows = rows_of(folder / "figs" / f"{name}.jsonl")
+        for ax, y in zip(figures[name].axes[::2], ys):  # a column for beta 0.05, one for 0.1
+            assert [container.get_label() for container in ax.containers] == ["dpo", "is_dpo", "is_ipo"]
+            for container in ax.containers:
+                loss = container.get_label()
+                mine = [row for row in rows if (row["loss"], row["beta"]) == (loss, 0.05)]
+                line, _, (bars,) = container.lines
+                assert len(mine) == n and line.get_color() == evaluate.LOOKS[loss][0]
+                assert line.get_fillstyle() == ("none" if loss == "dpo" else "full")
+                assert line.get_linewidth() == (0.8 if loss == "is_ipo" else 1.8)
+                np.testing.assert_allclose(line.get_xydata(), [(row["epoch"], row[y]) for row in mine], rtol=1e-12)
+                for (low, high), row in zip(bars.get_segments(), mine):
+                    assert high[1] - low[1] == pytest.approx(2 * row[f"{y}_se"], abs=1e-9)
+
+
+def test_figure_3(drawn):
+    folder, _, figures = drawn
+    fits, ax = rows_of(folder / "figs" / "figure3.jsonl")[:3], figures["figure3"].axes[0]
+    assert [fit["loss"] for fit in fits] == ["dpo", "is_dpo", "is_ipo"] and len(drawn_curves(ax)) == 3
+    for fit, line in zip(fits, drawn_curves(ax)):
+        expected = [fit["start"] + d * (fit["a"] - fit["b"] * math.log(d)) for d in line[:, 0]]
+        np.testing.assert_allclose(line[:, 1], expected, rtol=1e-12)
+    peaks = [(fit["peak_sqrt_kl"], fit["peak_win_rate"]) for fit in fits if fit["inside"]]
+    assert len(peaks) > 1
+    np.testing.assert_allclose(stars(ax), peaks, rtol=1e-12)
+    assert len(bands(ax)) == 2  # not is_ipo
+    (legend,) = figures["figure3"].legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["dpo", "is_dpo", "is_ipo", "peak of a fitted curve"]
+
+
+def test_figure_5_over_the_caps(drawn):
+    """Two panels with caps of their own: each marker stands over the label of its own cap."""
+    folder, _, figures = drawn
+    rows, axes = rows_of(folder / "figs" / "figure5.jsonl"), figures["figure5"].axes
+    figures["figure5"].canvas.draw()
+    for k, y in enumerate(("peak_win_rate", "final_win_rate", "final_sqrt_kl")):
+        for beta, ax, bottom in zip((0.05, 0.2), axes[2 * k :], axes[-2:]):
+            (container,) = ax.containers
+            caps = dict(zip(bottom.get_xticks(), (float(label.get_text()) for label in bottom.get_xticklabels())))
+            found = {caps[x]: value for x, value in container.lines[0].get_xydata()}
+            assert found == {float(row["log_eps"]): pytest.approx(row[y]) for row in rows if row["beta"] == beta}
+    assert [row["log_eps"] for row in rows] == [0.0, 1.0, 4.0, "inf", 0.5, 4.0]
     assert rows[0]["final_win_rate"] < rows[0]["peak_win_rate"]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "4", r"$\infty$"]
 
 
 def test_table(drawn):
-    folder, _ = drawn
+    folder, _, _ = drawn
     table = rows_of(folder / "figs" / "table1.jsonl")
     assert [(row["beta"], row["loss"], row["log_eps"], row["n"]) for row in table] == [
         (0.05, "dpo", None, 3), (0.05, "is_dpo", 0.0, 1), (0.05, "is_dpo", 1.0, 3), (0.05, "is_dpo", 4.0, 1),
-        (0.05, "is_dpo", "inf", 1), (0.05, "is_ipo", 1.0, 3), (0.1, "dpo", None, 1)]
+        (0.05, "is_dpo", "inf", 1), (0.05, "is_ipo", 1.0, 3), (0.1, "dpo", None, 1), (0.2, "is_dpo", 0.5, 1),
+        (0.2, "is_dpo", 4.0, 1)]
     final = [log_curve(50 + 0.1 * seed, 20, 12)(2 + 0.01 * seed) for seed in range(3)]
     mean, se = np.mean(final), np.std(final, ddof=1) / math.sqrt(3)
     row = next(row for row in table if row["n"] == 3 and row["loss"] == "is_dpo")
     assert (row["final_win_rate"], row["final_win_rate_se"]) == pytest.approx((mean, se))
-    assert (row["final_reward"], row["ess_share"]) == pytest.approx((1.01, 5 / 8))
+    assert (row["final_length"], row["ess_share"]) == pytest.approx((22.01, 5 / 8))
     lines = (folder / "figs" / "table1.md").read_text().splitlines()
-    line = next(line for line in lines if line.startswith("| is_dpo | 0.05 | 1.0 |"))
-    assert f"| {mean:.1f} ± {se:.1f} |" in line
+    line = next(line for line in lines if line.startswith("| is_dpo | 0.05 | 0.0001 | 1.0 | 3 |"))
+    assert f"| {mean:.2f} ± {se:.2f} |" in line
     assert {line.count("|") for line in lines if line.startswith("| is_dpo |")} == {lines[0].count("|")}
-    single = next(line for line in lines if line.startswith("| dpo | 0.1 | - | 0.0001 | 1 | "))
-    assert "| 70.0 ± 2.0 | 2.00 ± 0.01 | 0.0 | 0.50 |" in single  # over prompts, where that is known
-    assert "golden settings aaaa" in "\n".join(lines)
+    assert any(line.startswith("| is_dpo | 0.05 | 0.0001 | inf | 1 |") for line in lines)
+    single = next(line for line in lines if line.startswith("| dpo | 0.1 | 0.0001 | - | 1 | "))
+    assert "| 70.00 ± 2.00 | 2.00 ± 0.01 | 0.00 | 0.50 |" in single  # over prompts, where that is known
 
 
 def test_the_same_runs_give_the_same_bytes(drawn):
-    folder, runs = drawn
+    folder, runs, _ = drawn
     run_plot(reversed(runs), folder / "again")
     names = sorted(path.name for path in (folder / "figs").iterdir())
     pictures = [f"figure{k}.{end}" for k in (3, 4, 5, 6) for end in ("png", "jsonl")]
-    assert set(names) - {".figs.lock", ".lock"} == {*pictures, "table1.jsonl", "table1.md", "plot.json"}
+    assert set(names) - {".figs.lock", ".lock"} == {*pictures, "table1.jsonl", "table1.md"}
     for name in [*pictures, "table1.jsonl", "table1.md"]:
         assert (folder / "again" / name).read_bytes() == (folder / "figs" / name).read_bytes(), name
 
 
 def test_log_eps_chooses_and_says_what_it_leaves_out(drawn, tmp_path, capsys):
-    _, runs = drawn
-    run_plot([runs[0], runs[3], *runs[-3:]], tmp_path, log_eps=math.inf)
-    assert "leave out 3 runs of a log_eps other than inf" in capsys.readouterr().out
+    _, runs, _ = drawn
+    ablation = [runs[0], *runs[-5:-2]]
+    run_plot([*ablation, runs[3]], tmp_path, log_eps=math.inf)
+    assert "figures 3, 4, 6: 2 of 5 runs, those without a log_eps or of inf" in capsys.readouterr().out
     assert {row["log_eps"] for row in rows_of(tmp_path / "figure4.jsonl")} == {"inf", None}
     assert len({row["log_eps"] for row in rows_of(tmp_path / "figure5.jsonl")}) == 4
+    with pytest.raises(evaluate.UserError, match="no run has log_eps 7, .*choose another --log_eps"):
+        run_plot(ablation, tmp_path / "none", log_eps=7.0)
 
 
-def test_what_is_not_drawn_is_said_and_does_not_linger(drawn, tmp_path, capsys):
-    folder, runs = drawn
-    run_plot([runs[0], runs[-1]], tmp_path / "figs")
+def test_what_is_not_drawn_does_not_linger(drawn, tmp_path, capsys):
+    _, runs, _ = drawn
+    run_plot([runs[0], runs[-3]], tmp_path / "figs")
+    assert "figure3, figure4, figure5, figure6 and table1.md of 2 runs" in capsys.readouterr().out
     assert (tmp_path / "figs" / "figure5.png").exists()
     run_plot(runs[:2], tmp_path / "figs")
-    assert "figure5 is not drawn: no beta, lr and loss has two values of log_eps" in capsys.readouterr().out
+    assert "figure3, figure4, figure6 and table1.md of 2 runs" in capsys.readouterr().out
     assert not list((tmp_path / "figs").glob("figure5*")) and (tmp_path / "figs" / "figure4.png").exists()
-    bare = write_run(tmp_path / "bare")
-    write_golden(bare, golden_points(bare)[:1])
-    (bare / "metrics.jsonl").write_text((bare / "metrics.jsonl").read_text().split("\n")[0] + "\n")
-    run_plot([bare], tmp_path / "figs")
-    out = capsys.readouterr().out
-    assert [f"figure{k} is not drawn: " in out for k in (3, 4, 5, 6)] == [True] * 4
-    assert f"{bare}: evaluated up to step 0 of 64" in out
-    table = (tmp_path / "figs" / "table1.md").read_text()
-    assert "| is_dpo | 0.05 | 1.0 | 0.0001 | 1 | 50.0 ± 2.0 | 0.00 ± 0.01 | 50.0 ± 2.0 | 0.00 ± 0.01 | 0.0 | - |" in table
+
+
+def test_a_run_that_is_not_evaluated_to_its_end_is_named(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    write_golden(folder, golden_points(folder)[:4])
+    evaluate.read_run(folder)
+    assert f"{folder}: evaluated up to step 48 of 64" in capsys.readouterr().out
 
 
 def test_another_folder_is_left_alone(drawn, tmp_path):
-    _, runs = drawn
+    _, runs, _ = drawn
     (tmp_path / "figure5.png").write_text("a user's own")
     with pytest.raises(evaluate.UserError, match="is not empty, and `plot` did not make it"):
         run_plot(runs[:1], tmp_path)
@@ -359,22 +410,23 @@ def test_the_last_settings_hold(tmp_path):
 
 
 def test_not_an_evaluated_run(tmp_path):
-    with pytest.raises(evaluate.UserError, match="nowhere: not a run of train_pref.py"):
+    with pytest.raises(evaluate.UserError, match=r"nowhere.metrics\.jsonl:1: not the header of a run of train_pref.py"):
         evaluate.read_run(tmp_path / "nowhere")
     folder = write_run(tmp_path / "run")
-    points = golden_points(folder)
-    write_golden(folder, points[1:])
-    with pytest.raises(evaluate.UserError, match="no line of step 0, the reference: python evaluate.py golden"):
-        evaluate.read_run(folder)
-    write_golden(folder, points[:2] + [dict(points[2], sqrt_kl=math.nan, reward=None)])
-    with pytest.raises(evaluate.UserError, match=r"golden\.jsonl:3: .*must be numbers"):
+    points, remedy = golden_points(folder), f"golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {folder}"
+    for some in (points[1:], points[:1]):
+        write_golden(folder, some)
+        with pytest.raises(evaluate.UserError, match=f"no line of step 0, the reference, or none after it: .*{remedy}"):
+            evaluate.read_run(folder)
+    write_golden(folder, points[:2] + [dict(points[2], sqrt_kl=math.nan, length=None)])
+    with pytest.raises(evaluate.UserError, match=r"golden\.jsonl:3: .*'length': None.* must be numbers"):
         evaluate.read_run(folder)
     (folder / "golden.jsonl").unlink()
-    with pytest.raises(evaluate.UserError, match=f"golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {folder}"):
+    with pytest.raises(evaluate.UserError, match=remedy):
         evaluate.read_run(folder)
-    (folder / "golden.jsonl").write_text("")
-    for header in ('{"step": 1}', '{"args": 3}', '["args"]', "7"):
-        (folder / "metrics.jsonl").write_text(header + "\n")
+    header = (folder / "metrics.jsonl").read_text().split("\n")[0]
+    for text in ("", '{"step": 1}', '{"args": 3}', '["args"]', "7", header):
+        (folder / "metrics.jsonl").write_text(text + "\n")
         with pytest.raises(evaluate.UserError, match=r"metrics\.jsonl:1: not the header"):
             evaluate.read_run(folder)
 
@@ -387,6 +439,7 @@ def test_not_an_evaluated_run(tmp_path):
     (dict(epochs=1), "epochs 2 and 1"),
     (dict(seed=0, loss="dpo", header=dict(data="beef")), "data 'f00d' and 'beef'"),
     (dict(label_smoothing=0.1), "label_smoothing None and 0.1"),
+    (dict(ess_target=0.5), "ess_target None and 0.5"),
     (dict(loss="rpo", eta=0.5), None),  # another loss may have other flags of its own
     (dict(seed=1, save_every=5), None),
 ])
@@ -400,12 +453,12 @@ def test_runs_that_are_not_comparable(tmp_path, change, says):
     assert str(first) in str(caught.value) and str(second) in str(caught.value)
 
 
-def test_figure_3_shows_curves_whole():
+def test_figure_3_shows_curves_whole(tmp_path):
     """A curve goes as far as the farthest seed; the means of checkpoints, which the axis would else be cut to, do not."""
-    setting = dict(beta=0.05, lr=1e-4, loss="dpo", log_eps=None)
-    runs = [dict(setting=setting, seed=seed, points=[dict(sqrt_kl=far * k / 4, win_rate=50.0 + k) for k in range(5)])
-            for seed, far in enumerate((1.0, 3.0))]
-    means = [setting | dict(sqrt_kl=2.0 * k / 4, win_rate=50.0 + k, win_rate_se=0.5) for k in range(5)]
-    ax = evaluate.draw_curves(evaluate.curve_rows(runs), means).axes[0]
-    assert max(line.get_xydata()[:, 0].max() for line in ax.get_lines() if len(line.get_xydata()) == 61) == 3.0
-    assert ax.get_xlim()[0] == 0 and ax.get_xlim()[1] > 3.0
+    folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
+    write_golden(folders[1], [dict(point, sqrt_kl=3 * point["sqrt_kl"]) for point in golden_points(folders[1])])
+    _, ax = fitted(*folders)
+    (curve,) = drawn_curves(ax)
+    assert curve[-1, 0] == pytest.approx(6.03) and max(ax.containers[0].lines[0].get_xdata()) < 5
+    assert ax.get_xlim()[0] <= 0 and ax.get_xlim()[1] > 6.03
+    assert ax.get_ylim()[0] < curve[:, 1].min() and ax.get_ylim()[1] > curve[:, 1].max()
