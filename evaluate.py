@@ -37,9 +37,8 @@ import sys
 import time
 import zlib
 from array import array
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from datetime import date, timedelta
 from operator import itemgetter
 from pathlib import Path
@@ -305,9 +304,6 @@ RECIPES = {
     "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs",
                       ("chosen", "rejected")),  # the prompt is their first message
 }
-COMMANDS = dict(sample="completions of a policy", label="a reward model's preferences among completions",
-                golden="win rate, KL and reward of every checkpoint of runs", plot="figures 3 to 6 and Table 1",
-                judge="verdicts of a judge behind an API", bench="answers for AlpacaEval 2 or MT-Bench")
 FREE = ("out", "batch_size", "timeout", "threads", "concurrency")  # flags that change no result
 PROTOCOL = ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "seed", "precision")
 
@@ -315,7 +311,8 @@ PROTOCOL = ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "m
 def parse_args(argv=None):
     parser = Parser(description="What a policy says, what judges make of it, whether it over-optimizes.", usage=None)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    flags = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
+    flags = {command.__name__: commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+             for command in (sample, label, golden, plot, judge, bench)}
 
     def add(names, flag, **how):
         for name in names.split():
@@ -382,14 +379,9 @@ def parse_args(argv=None):
 HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")  # a lone surrogate: JSON can hold it, no tokenizer takes it
 
 
-@dataclass
-class Prompt:
-    """A prompt to answer."""
-
-    index: int  # its row in the data
-    text: str  # with --api also a list of messages
-    ids: list
-    references: list  # the data's responses to it: (text, stop)
+# A prompt to answer. index: its row in the data; text: with --api also a list of messages; ids; references: the data's
+# responses to it, (text, stop) each.
+Prompt = namedtuple("Prompt", "index text ids references")
 
 
 def load_prompts(args, tokenizer, vocab_size):
@@ -513,8 +505,6 @@ def extended(out, about, items, compute, made=None):
     says that `out`, or the file `made` of it, stands there without it. All ranks call it."""
 
     def held():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock(out)
         sidecar = out.with_suffix(".about.json")
         then = read_json(sidecar) if sidecar.exists() else about
         differ = [key for key in sorted({*then, *about} - {*FREE}) if then.get(key) != about.get(key)]
@@ -524,8 +514,9 @@ def extended(out, about, items, compute, made=None):
         for path in (out, made or out) if not sidecar.exists() else ():
             if path.exists():
                 raise UserError(f"{path} exists, and no {sidecar.name} says how it was made: choose another --out")
+        found = held_rows(out, ["index"], ["index"])
         write_json(sidecar, about)
-        return held_rows(out, ["index"], ["index"])
+        return found
 
     rows = on_rank_0(held)
     lacking = {index: item for index, item in items.items() if index not in rows}
@@ -543,6 +534,7 @@ def held_rows(path, fields, key):
     """{values of the fields `key`: row} of a .jsonl file, which is locked from now on. A line that a kill cut in two is
     dropped, and of rows of one key the first is kept. Raises UserError, leaving it as it is, for a file of somebody
     else's: a row of ours has the `fields`, the first at its head."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock(path)
     text, begins, rows = path.read_bytes() if path.exists() else b"", f'{{"{fields[0]}": '.encode(), {}
     if not begins.startswith(text[: len(begins)]):
@@ -613,10 +605,9 @@ def sample(args):
         return sampled_rows(policy, tokenizer, [*lacking.values()], args, *how)
 
     rows = extended(Path(args.out), about, {prompt.index: prompt for prompt in prompts}, compute).values()
-    texts, stops = (list(itertools.chain.from_iterable(row[name] for row in rows)) for name in ("completions", "stops"))
-    ended = len(stops) - stops.count(None)
-    summary = dict(prompts=len(rows), completions=len(texts), ended=ended, empty=texts.count(""))
-    say(f"{args.out}: {json.dumps(summary)}")
+    ended = [stop is not None for row in rows for stop in row["stops"]]
+    summary = dict(prompts=len(rows), completions=len(ended), ended=sum(ended))
+    say(f"{args.out}: {json.dumps(summary | dict(empty=sum(row['completions'].count('') for row in rows)))}")
 
 
 def sampled_rows(policy, tokenizer, prompts, args, k, temperature, stops, desc):
@@ -655,9 +646,10 @@ def label(args):
             yield [dict(index=index, rewards=r.round(decimals=9).tolist()) for index, r in zip(indices, found)]
 
     scores = extended(out.with_suffix(".scores.jsonl"), about, dict(enumerate(samples)), compute, out)
-    for where, row, found in ((*samples[index], scores[index]["rewards"]) for index in scores):
+    for index, found in scores.items():
+        where, row = samples[index]
         try:
-            pairs.append(choose_pair(row, found, tokenizer.eos_token, args))
+            pairs.append(choose_pair(row, found["rewards"], tokenizer.eos_token, args))
         except SkipRow as skip:
             count(skipped, str(skip), where)
     report = f"{args.samples}: {len(pairs)} pairs of {len(samples)} prompts; skipped: {counted(skipped)}"
@@ -688,10 +680,8 @@ def choose_pair(row, rewards, eos, args):
                 rejected_reward=rejected[0])
 
 
-
-
 def golden(args):
-    """Is it over-optimized? A row a checkpoint in RUN/golden.jsonl; what stands there is not computed again."""
+    """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
     rank, _, device = start(args.seed, args.timeout, args.threads)
     reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args.precision, device)
     ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args.precision, device)
@@ -705,12 +695,12 @@ def golden(args):
     work = on_rank_0(lambda: golden_work(args.runs, ref_directory, settings))
     say(f"{len(work)} checkpoints to evaluate, settings {settings}")
 
-    def rate(texts, stops, desc):  # [n][k] of each -> n vectors of rewards
-        rows = zip(prompts, texts, stops)
-        ids = [scored_ids(rm_tokenizer, prompt.text, *said, vocab_size, args) for prompt, *said in rows]
+    def rate(responses, desc):  # n times (texts, stops) -> n vectors of rewards
+        said = zip(prompts, responses)
+        ids = [scored_ids(rm_tokenizer, prompt.text, *of_prompt, vocab_size, args) for prompt, of_prompt in said]
         return score(reward_model, *zip(*ids), args, known, desc)
 
-    references = rate(*zip(*(zip(*prompt.references) for prompt in prompts)), "references") if work else None
+    references = rate([zip(*prompt.references) for prompt in prompts], "references") if work else None
     measured = {}  # by weights: the reference policy is step 0 of every run
     for run, path, weights, step, epoch in work:
         if weights not in measured:
@@ -731,8 +721,7 @@ def golden(args):
 
 
 def golden_work(runs, ref_directory, settings):
-    """-> [(run, checkpoint, fingerprint of its weights, step, epoch)] that RUN/golden.jsonl lacks under these
-    settings."""
+    """-> [(run, checkpoint, sha256 of its weights, step, epoch)] that RUN/golden.jsonl lacks under these settings."""
     work, key = [], ["step", "weights", "settings"]
     for run in map(Path, dict.fromkeys(runs)):
         try:
@@ -757,7 +746,7 @@ def measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, arg
     ids, how = [prompt.ids for prompt in prompts], (args.k, args.temperature, stops, "win rate: sampling")
     rounds = sampled_rows(policy, tokenizer, prompts, args, *how)
     said = sorted(itertools.chain.from_iterable(rounds), key=itemgetter("index"))
-    rewards_ = rate([row["completions"] for row in said], [row["stops"] for row in said], "win rate: scoring")
+    rewards_ = rate([(row["completions"], row["stops"]) for row in said], "win rate: scoring")
     rounds = completions(policy, ids, args, args.k, 1.0, 1.0, stops, "KL: sampling")
     # Cut off at max_new_tokens: the KL of what is said until there.
     drawn = [ys for _, ys in sorted(itertools.chain.from_iterable(rounds))]
@@ -821,8 +810,7 @@ def bench(args):
 
 
 def read_questions(args):
-    """Question files as the suites publish them -> rows with their `turns` (texts), `temperature`, `where`, and
-    `messages`, to be filled. Raises UserError."""
+    """The suite's question file -> its rows with `turns`, `temperature`, `where` and empty `messages`; or UserError."""
     questions = []
     for number, (where, row) in enumerate(read_jsonl(Path(args.questions))):  # of alpaca_eval.json, one array, too
         if args.suite == "alpaca_eval":
@@ -889,8 +877,7 @@ def parse_choice(text):
 
 
 def parse_rating(text):
-    """A judge's answer -> the rating 1 to 10 as FastChat finds it, the first [[n]] or else the first [n], or None;
-    FastChat would take any number."""
+    """A judge's answer -> the rating, 1 to 10, or None: like FastChat the first [[n]], or else the first [n]."""
     match = re.search(r"\[\[(\d+(?:\.\d*)?)\]\]", text) or re.search(r"\[(\d+(?:\.\d*)?)\]", text)
     return float(match[1]) if match and 1 <= float(match[1]) <= 10 else None
 
@@ -917,29 +904,26 @@ def ask_all(items, args):
         raise UserError("OPENAI_API_KEY: a key has plain letters only")
     client = openai.OpenAI(api_key=key, base_url=args.api, **PATIENCE)
 
-    def ask(requests):
-        replies = []
-        for request in requests:
-            answer = (client.chat.completions if "messages" in request else client.completions).create(**request)
-            choice = answer.choices[0]
-            text = choice.message.content if "messages" in request else choice.text
-            replies.append(dict(text=(text or "").replace(key, "[key]"), finish_reason=choice.finish_reason,
-                                model=str(answer.model).replace(key, "[key]"),
-                                tokens=answer.usage.completion_tokens if answer.usage else None))
-        return replies
+    def ask(request):
+        answer = (client.chat.completions if "messages" in request else client.completions).create(**request)
+        choice = answer.choices[0]
+        text = choice.message.content if "messages" in request else choice.text
+        return dict(text=text or "", finish_reason=choice.finish_reason, model=answer.model,
+                    tokens=answer.usage.completion_tokens if answer.usage else None)
 
     unsent, running, failures, in_a_row = iter(tqdm(items, disable=None)), {}, [], 0
     pool = ThreadPoolExecutor(args.concurrency)
     try:
         while True:
             free = args.concurrency - len(running) if in_a_row < GIVE_UP else 0
-            running |= {pool.submit(ask, requests): what for what, requests in itertools.islice(unsent, free)}
+            for what, requests in itertools.islice(unsent, free):
+                running[pool.submit(list, map(ask, requests))] = what  # asked as the list grows, in a thread
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 what, in_a_row = running.pop(future), in_a_row + 1
                 try:
-                    yield what, future.result()
+                    yield what, json.loads(json.dumps(future.result()).replace(key, "[key]"))
                     in_a_row = 0
                 # The others: what a proxy's page or cut JSON leads to.
                 except (openai.APIError, json.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
@@ -974,7 +958,8 @@ def comparison_tasks(args):
     nothing to be compared with. `completion_is` is the letter of our completion. Texts lose the blanks around them,
     which would tell the writers apart; an empty completion is judged like any other."""
     tasks, unmatched = [], 0
-    others = {json.dumps(row["prompt"]): row["completions"] for _, row in read_samples(args.against or os.devnull)}
+    others = read_samples(args.against) if args.against else []
+    others = {json.dumps(row["prompt"]): row["completions"] for _, row in others}
     for where, row in read_samples(args.samples):
         prompt, said = row["prompt"], row["completions"]
         if not isinstance(prompt, str):
@@ -992,7 +977,7 @@ def comparison_tasks(args):
 def mt_bench_tasks(args):
     """Like comparison_tasks: the requests that grade MT-Bench answers one by one, turn 1 and turn 2, in FastChat's
     words; and how many questions have no answer."""
-    folder, tasks = Path(args.mt_bench), []
+    folder, tasks, where = Path(args.mt_bench), [], args.samples
     try:
         templates = {row["name"]: row for _, row in read_jsonl(folder / "judge_prompts.jsonl")}
         questions = {row["question_id"]: row for _, row in read_jsonl(folder / "mt_bench/question.jsonl")}
@@ -1000,9 +985,7 @@ def mt_bench_tasks(args):
                       for _, row in read_jsonl(folder / "mt_bench/reference_answer/gpt-4.jsonl")}
         for where, answer in read_jsonl(Path(args.samples)):
             name = answer["question_id"]
-            if name not in questions:
-                raise UserError(f"{where}: question {name} is answered twice, or not of {folder}")
-            question = questions.pop(name)
+            question = questions.pop(name)  # an answer of another model to it is an error
             fields = dict(question=question["turns"], answer=answer["choices"][0]["turns"],
                           ref_answer=references.get(name, []))
             texts = {f"{field}_{k}": text for field, of_turns in fields.items() for k, text in enumerate(of_turns, 1)}
@@ -1013,13 +996,13 @@ def mt_bench_tasks(args):
                 user = dict(role="user", content=templates[template]["prompt_template"].format(**texts))
                 tasks.append((dict(question_id=name, category=question["category"], turn=turn), [system, user]))
     except (LookupError, TypeError) as error:
-        raise UserError(f"{args.samples} and {folder} do not fit, or are not FastChat's: {error!r}") from None
+        raise UserError(f"{where}: does not fit {folder}, or answers a question twice: {error!r}") from None
     return tasks, len(questions)
 
 
 def judge(args):
-    """Ask for every verdict that the ledger lacks, then score. A verdict's key is the hash of its request and of what
-    it is about, so a ledger serves any number of runs, and other flags ask anew."""
+    """Verdicts of a judge behind an API: those that the ledger OUT lacks are asked for, then all are scored. The key of
+    one is the hash of its request and what it is about: a ledger serves any number of runs, other flags ask anew."""
     tasks, unmatched = (mt_bench_tasks if args.mt_bench else comparison_tasks)(args)
     if not tasks:
         raise UserError(f"{args.samples}: nothing to judge, {unmatched} without an opponent or an answer")
@@ -1028,7 +1011,6 @@ def judge(args):
         request = dict(model=args.judge, messages=messages, **JUDGE_SAMPLING)
         identity = json.dumps(dict(request, about=about), sort_keys=True, separators=(",", ":"))
         wanted[hashlib.sha256(identity.encode()).hexdigest()] = about, request
-    out.parent.mkdir(parents=True, exist_ok=True)
     ledger = held_rows(out, ["key", "verdict", "text"], ["key"])
     pending = [(key, [request]) for key, (_, request) in wanted.items() if key not in ledger]
     say(f"{out}: {len(wanted)} verdicts wanted, {len(pending)} of them still to be asked of {args.judge}")
@@ -1046,17 +1028,15 @@ def judge(args):
                   missing=len(wanted) - len(verdicts))
     if scored:
         result |= (grade_result if args.mt_bench else comparison_result)(scored)
-    asked = {name: getattr(args, name) for name in ("judge", "samples", "against", "mt_bench", "seed")}
     # Malformed verdicts: in the judge's words; they are not scored.
-    write_json(out.with_suffix(".summary.json"), asked | result | dict(malformed_verdicts=malformed))
+    write_json(out.with_suffix(".summary.json"), vars(args) | result | dict(malformed_verdicts=malformed))
     say(f"{json.dumps(result, indent=2)}\n-> {out.with_suffix('.summary.json')}")
     if failed:
         raise failed
 
 
 def comparison_result(scored):
-    """Scored comparisons [(about, "A" or "B")] -> win rate, the mean over prompts, and its standard error; share_a: how
-    often the judge said A, 0.5 without a bias of position."""
+    """[(about, "A" or "B")] -> win rate, mean over prompts, and its error; share_a: said A, 0.5 without position bias."""
     wins = {}
     for about, choice in scored:
         wins.setdefault(about["prompt"], []).append(float(choice == about["completion_is"]))
@@ -1066,8 +1046,7 @@ def comparison_result(scored):
 
 
 def grade_result(scored):
-    """Scored MT-Bench grades [(about, 1 to 10)] -> mean grades, as FastChat's: a category's and the overall one pool
-    turns."""
+    """[(about, 1 to 10)] -> mean grades of categories and overall, a turn and, as FastChat pools them, of both."""
     grades = {}
     for about, rating in scored:
         for category, turn in itertools.product((about["category"], "overall"), (f"turn_{about['turn']}", "both")):

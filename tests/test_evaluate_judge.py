@@ -547,13 +547,13 @@ def test_mt_bench(server, tmp_path, suite, capsys):
 def test_mt_bench_files_that_do_not_fit(server, tmp_path, suite):
     answers = [dict(question_id=n, choices=[dict(turns=["a", "b"])]) for n in range(5)]
     run = lambda rows: judge(server, tmp_path, samples=write_jsonl(tmp_path / "a.jsonl", rows), mt_bench=tmp_path / "data")
-    for rows, words in ((answers + answers[:1], "a.jsonl:6: question 0 is answered twice"),
-                        ([dict(question_id=1)], "a.jsonl.* do not fit.*choices"),
-                        ([dict(question_id=0, choices=[dict(turns=["a"])])], "do not fit.*answer_2")):
+    for rows, words in ((answers + answers[:1], "a.jsonl:6: .*answers a question twice"),
+                        ([dict(question_id=1)], "a.jsonl:1: does not fit.*choices"),
+                        ([dict(question_id=0, choices=[dict(turns=["a"])])], "does not fit.*answer_2")):
         with pytest.raises(evaluate.UserError, match=words):
             run(rows)
     write_jsonl(suite["reference_answers"], read_jsonl(suite["reference_answers"])[:1])
-    with pytest.raises(evaluate.UserError, match="do not fit.*ref_answer_1"):
+    with pytest.raises(evaluate.UserError, match="does not fit.*ref_answer_1"):
         run(answers)
 
 
