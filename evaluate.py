@@ -377,8 +377,6 @@ def parse_args(argv=None):
 
 # ------------------------------------------------------------------------------------------------ prompts and texts
 HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")  # a lone surrogate: JSON can hold it, no tokenizer takes it
-
-
 # A prompt to answer. index: its row in the data; text: with --api also a list of messages; ids; references: the data's
 # responses to it, (text, stop) each.
 Prompt = namedtuple("Prompt", "index text ids references")
@@ -459,7 +457,7 @@ def stop_texts(tokenizer):
 
 
 def completion_text(ids, stops, tokenizer):
-    """-> the text, other special tokens in it, the text of the stop that it came to or None, number of tokens."""
+    """-> the text (special tokens stay to be seen), the text of the stop that it came to or None, number of tokens."""
     how, ended = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False), ids[-1] in stops
     text = tokenizer.decode(ids[:-1] if ended else ids, **how)
     return text, tokenizer.decode(ids[-1:], **how) if ended else None, len(ids)
@@ -917,7 +915,7 @@ def ask_all(items, args):
         while True:
             free = args.concurrency - len(running) if in_a_row < GIVE_UP else 0
             for what, requests in itertools.islice(unsent, free):
-                running[pool.submit(list, map(ask, requests))] = what  # asked as the list grows, in a thread
+                running[pool.submit(list, map(ask, requests))] = what  # one after another, in a thread
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -1001,8 +999,8 @@ def mt_bench_tasks(args):
 
 
 def judge(args):
-    """Verdicts of a judge behind an API: those that the ledger OUT lacks are asked for, then all are scored. The key of
-    one is the hash of its request and what it is about: a ledger serves any number of runs, other flags ask anew."""
+    """Verdicts of a judge behind an API: those that the ledger OUT lacks (delete a line to ask it again) are asked for,
+    then all are scored. The key of one is the hash of its request and what it is about: a ledger serves many runs."""
     tasks, unmatched = (mt_bench_tasks if args.mt_bench else comparison_tasks)(args)
     if not tasks:
         raise UserError(f"{args.samples}: nothing to judge, {unmatched} without an opponent or an answer")
@@ -1036,7 +1034,7 @@ def judge(args):
 
 
 def comparison_result(scored):
-    """[(about, "A" or "B")] -> win rate, mean over prompts, and its error; share_a: said A, 0.5 without position bias."""
+    """[(about, "A" or "B")] -> win rate, the mean over prompts, its error; share_a: of A, 0.5 without position bias."""
     wins = {}
     for about, choice in scored:
         wins.setdefault(about["prompt"], []).append(float(choice == about["completion_is"]))

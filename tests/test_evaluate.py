@@ -623,6 +623,8 @@ def test_bench_alpaca_eval(run_script, policy_dir, tmp_path):
     answers = json.loads((tmp_path / "model_outputs.json").read_text())
     assert [set(a) for a in answers] == [{"dataset", "instruction", "output", "generator"}] * 3
     assert [(a["instruction"], a["generator"], a["dataset"]) for a in answers] == [(q["instruction"], str(policy_dir), "helpful_base") for q in questions]
+    run(*argv[:-1], tmp_path / "two.json", "--batch_size", 1, world=2).ok()  # two ranks, other batches: the same bytes
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "model_outputs.json").read_bytes()
     run(*argv, "--max_new_tokens", 7).refused("max_new_tokens was 6, is 7")
     (tmp_path / "q.json").write_text("[{}]")
     run(*argv[:-1], tmp_path / "other.json").refused("q.json", "question 0: not one of alpaca_eval")
