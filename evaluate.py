@@ -534,7 +534,8 @@ def held_rows(path, fields, key):
     else's: a row of ours has the `fields`, the first at its head."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock(path)
-    text, begins, rows = path.read_bytes() if path.exists() else b"", f'{{"{fields[0]}": '.encode(), {}
+    text, rows = path.read_bytes() if path.exists() else b"", {}
+    begins = f'{{"{fields[0]}": '.encode()
     if not begins.startswith(text[: len(begins)]):
         raise UserError(f"{path}:1: not a row of ours: give --out a file of its own")
     lines = whole_lines(path) if text else []
