@@ -34,13 +34,13 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 import zlib
 from array import array
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections import namedtuple
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import date, timedelta
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -304,66 +304,53 @@ RECIPES = {
     "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs",
                       ("chosen", "rejected")),  # the prompt is their first message
 }
-COMMANDS = dict(sample="completions of a policy", label="a reward model's preferences among completions",
-                golden="win rate, KL and reward of every checkpoint of runs", plot="figures 3 to 6 and Table 1",
-                judge="verdicts of a judge behind an API", bench="answers for AlpacaEval 2 or MT-Bench")
-FREE = ("out", "batch_size", "timeout", "threads", "concurrency", "request_timeout", "retries")  # change no result
+FREE = ("out", "batch_size", "timeout", "threads", "concurrency")  # flags that change no result
 PROTOCOL = ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "seed", "precision")
 
 
 def parse_args(argv=None):
     parser = Parser(description="What a policy says, what judges make of it, whether it over-optimizes.", usage=None)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    flags = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
+    flags = {command.__name__: commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+             for command in (sample, label, golden, plot, judge, bench)}
 
     def add(names, flag, **how):
         for name in names.split():
             flags[name].add_argument(flag, **how)
 
+    models = "sample label golden bench"
     add("golden plot", "runs", nargs="+", metavar="RUN", help="--out of train_pref.py; plot: evaluated by golden")
-    add("sample", "--model", help="policy: model directory or Hub id; with --api the server's name of it (preset)")
-    add("bench", "--model", required=True, help="policy: model directory or Hub id")
+    add("sample bench", "--model", help="policy: model directory or Hub id; with --api the server's name (preset)")
     add("label golden", "--rm", help="reward model: what train_rm.py wrote, or a Hub id (preset)")
     add("golden", "--ref", help="reference policy, for the KL and as step 0: model directory or Hub id (preset)")
     add("sample golden", "--data", help="prompts and reference responses: a file, recipe or Hub id (preset)")
-    add("label", "--samples", required=True, help="what `sample` wrote")
+    add("label judge", "--samples", required=True, help="what `sample` wrote (judge --mt_bench: what `bench` wrote)")
+    add("judge", "--against", help="the same prompts' completions to compare with (None: with the first reference)")
+    add("judge", "--mt_bench", metavar="DIR", help="grade MT-Bench answers by FastChat's fastchat/llm_judge/data")
+    add("judge", "--judge", required=True, metavar="MODEL", help="the server's name of the judge, such as gpt-4o-mini")
     add("bench", "--suite", choices=["alpaca_eval", "mt_bench"], required=True, help="whose questions and format")
     add("bench", "--questions", required=True, help="FastChat's question.jsonl, or alpaca_eval.json")
-    add("sample label bench", "--out", required=True, help=".jsonl (alpaca_eval: .json); run again with it to go on")
+    add("sample label judge bench", "--out", required=True, help=".jsonl (alpaca_eval: .json); run again to go on")
     add("plot", "--out", default="figs", help="directory of figures, their rows and the table")
     add("plot", "--log_eps", type=float, default=1.0, help="cap of weighted runs in figures 3, 4, 6, nats; inf: none")
-    add("judge", "--samples", help="compare these completions, which `sample` wrote ...")
-    add("judge", "--against", help="... with those of the same prompt in this file (None: with the first reference)")
-    add("judge", "--answers", help="or grade these, which `bench --suite mt_bench` or FastChat wrote, ...")
-    add("judge", "--mt_bench", metavar="DIR", help="... by what is in FastChat's fastchat/llm_judge/data")
-    add("judge", "--judge", required=True, metavar="MODEL", help="the server's name of the judge, such as gpt-4o-mini")
-    add("judge", "--out", required=True, help="ledger of verdicts, .jsonl; a line that is deleted is asked again")
-    for name in ("sample", "judge"):
-        add(name, "--api", metavar="URL", required=name == "judge", help="OpenAI-compatible server, such as"
-            " http://localhost:8000/v1; the key comes from OPENAI_API_KEY")
+    add("sample judge", "--api", metavar="URL", help="OpenAI-compatible server; the key comes from OPENAI_API_KEY")
     add("sample judge", "--concurrency", type=int, default=8, help="requests at a time")
-    add("sample judge", "--request_timeout", type=int, default=120, help="seconds")
-    add("sample judge", "--retries", type=int, default=8, help="of a request after 429, 5xx, a time-out, no connection")
     add("golden", "--keep_samples", action="store_true", help="write what was said to RUN/golden_samples/")
-    add("label", "--noise", choices=["none", "bt"], default="none", help="none: the better one is chosen; bt: with"
+    add("label", "--noise", choices=["none", "bt"], default="none", help="none: chosen is the better one; bt: with"
         " probability sigmoid(difference of rewards), as people would")
-    add("bench", "--name", help="what the answers call the model (None: --model)")
     add("bench", "--template", choices=["chat", "hh"], default="chat", help="the tokenizer's, or HH's plain dialogue")
     add("sample golden", "--n", type=int, help="prompts: the first n different ones (preset)")
     add("sample golden", "--k", type=int, default=2, help="completions a prompt")
-    add("sample golden", "--temperature", type=float, default=0.7, help="0: the likeliest token; golden's KL has 1")
-    add("bench", "--temperature", type=float, help="0: the likeliest token (None: mt_bench's by category, else 0.7)")
-    add("sample golden", "--top_p", type=float, default=0.95, help="mass of the likeliest tokens; golden's KL has 1")
-    add("bench", "--top_p", type=float, default=1.0, help="mass of the likeliest tokens kept")
-    add("sample golden", "--max_new_tokens", type=int, help="tokens of a completion at most (preset)")
-    add("bench", "--max_new_tokens", type=int, default=1024, help="tokens of an answer at most")
+    draw = "sample golden bench"
+    add(draw, "--temperature", type=float, default=0.7, help="0: likeliest token (golden's KL 1; mt_bench by category)")
+    add(draw, "--top_p", type=float, default=0.95, help="mass of the likeliest tokens (golden's KL, bench: 1)")
+    add(draw, "--max_new_tokens", type=int, help="tokens of a completion at most (preset; bench: 1024)")
+    flags["bench"].set_defaults(temperature=None, top_p=1.0, max_new_tokens=1024)
     add("label golden", "--max_length", type=int, help="tokens of prompt + response that are scored (preset)")
-    models = "sample label golden bench"
     add(models, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end (preset)")
     add(models, "--batch_size", type=int, default=64, help="completions a rank at a time: less takes less memory")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
-    add(models, "--precision", choices=["bf16", "fp32", "fp64"], default=precision, help="of weights, products; fp64:"
-        " the same samples on any machine, slowly")
+    add(models, "--precision", choices=["bf16", "fp32", "fp64"], default=precision, help="of weights and products")
     add(models, "--preset", choices=list(PRESETS), help="defaults (None: toy, or paper if a model or data is given)")
     add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
     add(models, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
@@ -374,14 +361,13 @@ def parse_args(argv=None):
     if "preset" in given:
         args.preset = args.preset or ("paper" if any(given.get(x) for x in ("model", "ref", "rm", "data")) else "toy")
         given.update({x: value for x, value in PRESETS[args.preset].items() if x in given and given[x] is None})
-    needed = ["answers", "mt_bench"] if given.get("answers") or given.get("mt_bench") else ["samples"]
-    for flag in needed if args.command == "judge" else ("model", "ref", "rm", "data"):
+    for flag in ["api"] if args.command == "judge" else ["model", "ref", "rm", "data"]:
         if flag in given and not given[flag]:
             parser.error(f"--{flag} is missing")
-    if given.get("samples") and given.get("answers"):
-        parser.error("--samples or --answers, not both")
     check_ranges(parser, args, ("n", "k", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "batch_size",
-                                "timeout", "concurrency", "request_timeout"), ("log_eps",))
+                                "timeout", "concurrency"), ("log_eps",))
+    if args.command in ("sample", "label", "judge") and not args.out.endswith(".jsonl"):
+        parser.error(f"--out {args.out}: the name must end in .jsonl")
     if given.get("top_p", 1) > 1:
         parser.error(f"--top_p {args.top_p}: must be at most 1")
     if "max_length" in given and args.max_prompt_length >= args.max_length:
@@ -390,19 +376,15 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------ prompts and texts
-@dataclass
-class Prompt:
-    """A prompt to answer."""
-
-    index: int  # its row in the data
-    text: str  # with --api also a list of messages
-    ids: list
-    references: list  # the data's responses to it: (text, stop)
+HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")  # a lone surrogate: JSON can hold it, no tokenizer takes it
+# A prompt to answer. index: its row in the data; text: with --api also a list of messages; ids; references: the data's
+# responses to it, (text, stop) each.
+Prompt = namedtuple("Prompt", "index text ids references")
 
 
 def load_prompts(args, tokenizer, vocab_size):
-    """The first args.n different prompts of args.data. tokenizer None: no ids, and conversations stay lists of
-    messages. Rows of one prompt are one: their responses are all references. Raises UserError."""
+    """-> the first args.n different prompts of args.data, and their sha256. tokenizer None: no ids, and conversations
+    stay lists of messages. Rows of one prompt are one: their responses are all references. Raises UserError."""
     n_rows, found, skipped, cut = 0, {}, {}, {}
     for n_rows, (where, row) in enumerate(read_rows(args.data, True, RECIPES), 1):
         try:
@@ -421,7 +403,8 @@ def load_prompts(args, tokenizer, vocab_size):
     if not found:
         raise UserError(f"no usable prompts in {report}")
     say(report)
-    return list(found.values())
+    texts = [[prompt.index, prompt.text, prompt.references] for prompt in found.values()]
+    return [*found.values()], hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def read_prompt(row, tokenizer):
@@ -438,10 +421,8 @@ def read_prompt(row, tokenizer):
         stop = next((stop for stop in stop_texts(tokenizer) if response.endswith(stop)), "")
     if not text:
         raise SkipRow("empty prompt")
-    try:
-        json.dumps([text, response], ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: JSON can hold it, no tokenizer takes it
-        raise SkipRow("broken Unicode") from None
+    if HALF_A_PAIR.search(json.dumps([text, response], ensure_ascii=False)):
+        raise SkipRow("broken Unicode")
     return text, (response.removesuffix(stop), stop) if response else None
 
 
@@ -453,29 +434,45 @@ def prompt_ids(text, tokenizer, vocab_size, args, cut, where):
     return ids
 
 
+def read_samples(path):
+    """-> [("file:line", what `sample` wrote)]; `stops`, `references` may lack: all ended, none. Raises UserError."""
+    samples = list(read_jsonl(Path(path)))
+    for where, row in samples:
+        said, references = row.get("completions"), row.setdefault("references", [])
+        if not (isinstance(row.get("prompt"), (str, list)) and are_texts(said) and said and are_texts(references)
+                and len(row.setdefault("stops", [""] * len(said))) == len(said)):
+            raise UserError(f"{where}: want prompt, completions, references (texts) and stops, as `sample` writes them")
+        if HALF_A_PAIR.search(json.dumps(row, ensure_ascii=False)):
+            raise UserError(f"{where}: half of a surrogate pair: mend or drop that row")
+    return samples
+
+
+def are_texts(values):
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
 def stop_texts(tokenizer):
     """{text of a token that may end a response: its id}"""
     return {tokenizer.decode([token], skip_special_tokens=False): token for token in stop_ids(tokenizer)}
 
 
 def completion_text(ids, stops, tokenizer):
-    """-> the text, the text of the stop that it came to or None, number of tokens. Other special tokens stay to be
-    seen."""
+    """-> the text (special tokens stay to be seen), the text of the stop that it came to or None, number of tokens."""
     how, ended = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False), ids[-1] in stops
     text = tokenizer.decode(ids[:-1] if ended else ids, **how)
     return text, tokenizer.decode(ids[-1:], **how) if ended else None, len(ids)
 
 
-def scored_ids(tokenizer, prompt, responses, vocab_size, args):
-    """A prompt (text or messages) and the (text, stop) of its responses -> their ids, as train_rm.py makes them of a
-    pair: cut alike, each with its stop if it came to one (EOS for one that this tokenizer does not know); an empty
-    response is a stop alone. Raises SkipRow."""
+def scored_ids(tokenizer, prompt, texts, stops, vocab_size, args):
+    """A prompt (text or messages), its responses' texts and stops -> their ids, as train_rm.py makes them of a pair:
+    cut alike, each with its stop if it came to one (EOS for one that this tokenizer does not know); an empty response
+    is a stop alone. Raises SkipRow."""
     end, known = tokenizer.eos_token_id, stop_texts(tokenizer)
     if isinstance(prompt, list):
         prompt, end = apply_template(tokenizer, prompt, None, add_generation_prompt=True), template_stop(tokenizer)
-    x, texts = prompt_ids(prompt, tokenizer, vocab_size, args, {}, ""), [text for text, *_ in responses]
+    x = prompt_ids(prompt, tokenizer, vocab_size, args, {}, "")
     ys = encode_after(tokenizer, [prompt] * len(texts), texts, vocab_size)
-    ys = [y if text and stop is None else y + [known.get(stop, end)] for y, (text, stop, *_) in zip(ys, responses)]
+    ys = [y if text and stop is None else y + [known.get(stop, end)] for y, text, stop in zip(ys, texts, stops)]
     return x, [y[: args.max_length - len(x)] for y in ys]
 
 
@@ -499,47 +496,58 @@ def sampling_stops(directory, tokenizer):
 
 
 # ------------------------------------------------------------------------------------- files that a second run extends
-def resume_rows(out, about, made=None):
-    """The rows that stand in the .jsonl file `out`, of which the file `made` is made at the end. OUT.about.json says
-    how: a second run must be told the same (but for the flags FREE) and goes on; any other is a UserError that lists
-    the differences, and so is a file that stands there without it."""
-    if out.suffix != ".jsonl":
-        raise UserError(f"--out {out}: the name must end in .jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock(out)
-    sidecar = out.with_suffix(".about.json")
-    if sidecar.exists():
-        found = read_json(sidecar)
-        if not all(isinstance(found.get(part), dict) for part in ("args", "of")):
-            raise UserError(f"{sidecar}: not written by evaluate.py: choose another --out")
-        then, now = ({k: v for k, v in (x["args"] | x["of"]).items() if k not in FREE} for x in (found, about))
-        keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-        if keys:
-            differ = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in keys)
-            raise UserError(f"{out} was made otherwise: {differ}. Choose another --out")
-    elif there := [path for path in (out, made) if path and path.exists()]:
-        raise UserError(f"{there[0]} exists, and no {sidecar.name} says how it was made: choose another --out")
-    else:
+def extended(out, about, items, compute, made=None):
+    """The rows {index: row} of items {index: item} in the .jsonl file `out`. compute(the items that it lacks) yields
+    lists of rows, which are on disk before more are computed; an item without a row is left out. OUT.about.json says
+    how they are made: a second run must be told the same, but for the flags FREE: UserError lists the differences, or
+    says that `out`, or the file `made` of it, stands there without it. All ranks call it."""
+
+    def held():
+        sidecar = out.with_suffix(".about.json")
+        then = read_json(sidecar) if sidecar.exists() else about
+        differ = [key for key in sorted({*then, *about} - {*FREE}) if then.get(key) != about.get(key)]
+        if differ:
+            says = "; ".join(f"{key} was {then.get(key)!r}, is {about.get(key)!r}" for key in differ)
+            raise UserError(f"{sidecar}: {out} was made otherwise: {says}. Choose another --out")
+        for path in (out, made or out) if not sidecar.exists() else ():
+            if path.exists():
+                raise UserError(f"{path} exists, and no {sidecar.name} says how it was made: choose another --out")
+        found = held_rows(out, ["index"], ["index"])
         write_json(sidecar, about)
-    return held_rows(out, ["index"], ["index"])
+        return found
+
+    rows = on_rank_0(held)
+    lacking = {index: item for index, item in items.items() if index not in rows}
+    if not lacking:
+        say(f"{out} is complete")
+    for fresh in compute(lacking):
+        append_rows(out, fresh)
+        rows |= {row["index"]: row for row in fresh}
+    rows = {index: rows[index] for index in items if index in rows}
+    on_rank_0(lambda: write_lines(out, rows.values()))
+    return rows
 
 
 def held_rows(path, fields, key):
-    """The rows that stand in a .jsonl file of ours. A line that a kill cut in two is dropped, and of rows that agree in
-    the fields `key` the first is kept. Raises UserError, leaving it as it is, for a file of somebody else's."""
-    text, begins = path.read_bytes() if path.exists() else b"", f'{{"{fields[0]}": '.encode()
+    """{values of the fields `key`: row} of a .jsonl file, which is locked from now on. A line that a kill cut in two is
+    dropped, and of rows of one key the first is kept. Raises UserError, leaving it as it is, for a file of somebody
+    else's: a row of ours has the `fields`, the first at its head."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock(path)
+    text, rows = path.read_bytes() if path.exists() else b"", {}
+    begins = f'{{"{fields[0]}": '.encode()
     if not begins.startswith(text[: len(begins)]):
         raise UserError(f"{path}:1: not a row of ours: give --out a file of its own")
-    lines, rows = whole_lines(path) if text else [], {}
+    lines = whole_lines(path) if text else []
     for where, row in lines:
         if not {*fields} <= row.keys():
             raise UserError(f"{where}: not a row of ours, which has {', '.join(fields)}: mend or delete it")
-        rows.setdefault(tuple(row[field] for field in key), row)
+        rows.setdefault(itemgetter(*key)(row), row)
     if len(rows) < len(lines):
         say(f"{path}: {len(lines) - len(rows)} rows stood there twice: the first of each is kept")
-    if len(rows) < len(lines) or not text.endswith(b"\n"):
+    if text:
         write_lines(path, rows.values())
-    return list(rows.values())
+    return rows
 
 
 def whole_lines(path):
@@ -551,23 +559,26 @@ def append_rows(out, rows):
     """Add JSON lines, on rank 0; on disk when it returns."""
     if dist.get_rank() == 0:
         with open(out, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.write(as_lines(rows))
             file.flush()
             os.fsync(file.fileno())
 
 
-def finish_rows(out, rows, about, summary, made=None, text=None):
-    """All rows are there: put them in the data's order, the summary beside them, and `text` in the file `made`."""
-    if made and made.exists() and made.read_text() != text:
-        raise UserError(f"{made} holds something else than this command writes there: choose another --out")
-    if made:
-        write_aside(made, lambda aside: aside.write_text(text))
-    write_lines(out, sorted(rows, key=lambda row: row["index"]))
-    write_json(out.with_suffix(".about.json"), about | dict(summary=summary))
+def write_made(path, text):
+    """A file that is made of finished rows -> " is complete" if it stood there. Raises UserError if it was changed."""
+    if path.exists() and path.read_text() != text:
+        raise UserError(f"{path} holds something else than this command writes there: choose another --out")
+    complete = " is complete" if path.exists() else ""
+    write_aside(path, lambda aside: aside.write_text(text))
+    return complete
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def write_lines(path, rows):
-    write_aside(path, lambda aside: aside.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    write_aside(path, lambda aside: aside.write_text(as_lines(rows)))
 
 
 def write_json(path, content):
@@ -578,33 +589,30 @@ def write_json(path, content):
 def sample(args):
     """Completions of a policy, a row a prompt."""
     _, world, device = start(args.seed, args.timeout, args.threads)
-    out, policy, tokenizer, vocab_size = Path(args.out), None, None, None
     if args.api and world > 1:
         raise UserError("--api: one process is enough, run it without torchrun")
+    policy = tokenizer = directory = None
     if not args.api:
         policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
-        stops, vocab_size = sampling_stops(directory, tokenizer), policy.config.vocab_size
-    prompts = on_rank_0(lambda: load_prompts(args, tokenizer, vocab_size))
-    of = dict(api=args.api) if args.api else dict(policy=fingerprint(directory))
-    about = dict(args=vars(args), of=of | dict(prompts=prompts_sha256(prompts)))
-    rows = on_rank_0(lambda: resume_rows(out, about))
-    done = {row["index"] for row in rows}
-    todo = [prompt for prompt in prompts if prompt.index not in done]
+    prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy and policy.config.vocab_size))
+    about = vars(args) | dict(policy=directory and fingerprint(directory), prompts=digest)
 
-    def keep(fresh):
-        append_rows(out, fresh)
-        rows.extend(fresh)
+    def compute(lacking):
+        if args.api:
+            return api_rows(lacking.values(), args)
+        how = args.k, args.temperature, sampling_stops(directory, tokenizer), "sampling"
+        return sampled_rows(policy, tokenizer, [*lacking.values()], args, *how)
 
-    if args.api:
-        api_completions(todo, args, lambda prompt, answers: keep([sample_row(prompt, answers)]))
-    else:
-        how = args.k, args.temperature, args.top_p, stops, "sampling"
-        for found in completions(policy, [prompt.ids for prompt in todo], args, *how):
-            keep([sample_row(todo[i], [completion_text(y, stops, tokenizer) for y in ys]) for i, ys in found])
-    texts, ends = (list(itertools.chain.from_iterable(row[name] for row in rows)) for name in ("completions", "stops"))
-    summary = dict(prompts=len(rows), completions=len(texts), ended=len(ends) - ends.count(None), empty=texts.count(""))
-    on_rank_0(lambda: finish_rows(out, rows, about, summary))
-    say(f"{out}{'' if todo else ' is complete'}: {json.dumps(summary)}")
+    rows = extended(Path(args.out), about, {prompt.index: prompt for prompt in prompts}, compute).values()
+    ended = [stop is not None for row in rows for stop in row["stops"]]
+    summary = dict(prompts=len(rows), completions=len(ended), ended=sum(ended))
+    say(f"{args.out}: {json.dumps(summary | dict(empty=sum(row['completions'].count('') for row in rows)))}")
+
+
+def sampled_rows(policy, tokenizer, prompts, args, k, temperature, stops, desc):
+    """Yield the rows of prompts with k completions of each, a list a round."""
+    for found in completions(policy, [prompt.ids for prompt in prompts], args, k, temperature, args.top_p, stops, desc):
+        yield [sample_row(prompts[i], [completion_text(y, stops, tokenizer) for y in ys]) for i, ys in found]
 
 
 def sample_row(prompt, answers):
@@ -614,68 +622,40 @@ def sample_row(prompt, answers):
                 completions=texts, stops=stops, n_tokens=n_tokens)
 
 
-def prompts_sha256(prompts):
-    """Fingerprint of prompts and references as texts."""
-    return hashlib.sha256(json.dumps([[p.index, p.text, p.references] for p in prompts]).encode()).hexdigest()
-
-
 def label(args):
-    """Preference pairs among sampled completions, as a reward model sees them. Rewards are in OUT.scores.jsonl
-    first."""
+    """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
     _, _, device = start(args.seed, args.timeout, args.threads)
-    out, known, todo, skipped = Path(args.out), {}, [], {}
-    scores_file = out.with_suffix(".scores.jsonl")
+    out, skipped, pairs = Path(args.out), {}, []
     reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device)
     samples, vocab_size = read_samples(args.samples), reward_model.model.embed_tokens.num_embeddings
-    about = dict(args=vars(args), of=dict(rm=fingerprint(directory), samples=file_sha256(args.samples)))
-    scores = on_rank_0(lambda: resume_rows(scores_file, about, out))
-    done = {row["index"] for row in scores}
-    for index, (where, row) in enumerate(samples):
+    about = vars(args) | dict(rm=fingerprint(directory), samples=file_sha256(args.samples))
+
+    def compute(lacking):
+        known, todo = {}, []
+        for index, (where, row) in lacking.items():
+            try:
+                said = row["completions"], row["stops"]
+                todo.append((index, *scored_ids(tokenizer, row["prompt"], *said, vocab_size, args)))
+            except SkipRow as skip:
+                count(skipped, str(skip), where)
+        for k in range(0, len(todo), 1024):
+            indices, prompts, responses = zip(*todo[k : k + 1024])
+            found = score(reward_model, prompts, responses, args, known, f"scoring {k} of {len(todo)}")
+            # To 9 decimals: what follows depends on the batch, also in fp64.
+            yield [dict(index=index, rewards=r.round(decimals=9).tolist()) for index, r in zip(indices, found)]
+
+    scores = extended(out.with_suffix(".scores.jsonl"), about, dict(enumerate(samples)), compute, out)
+    for index, found in scores.items():
+        where, row = samples[index]
         try:
-            if index not in done:
-                responses = list(zip(row["completions"], row["stops"]))
-                todo.append((index, *scored_ids(tokenizer, row["prompt"], responses, vocab_size, args)))
+            pairs.append(choose_pair(row, found["rewards"], tokenizer.eos_token, args))
         except SkipRow as skip:
             count(skipped, str(skip), where)
-    for k in range(0, len(todo), 1024):
-        indices, prompts, responses = zip(*todo[k : k + 1024])
-        found = score(reward_model, prompts, responses, args, known, f"scoring {k} of {len(todo)}")
-        # To 9 decimals: what follows depends on the batch, also in fp64.
-        fresh = [dict(index=index, rewards=values.round(decimals=9).tolist()) for index, values in zip(indices, found)]
-        append_rows(scores_file, fresh)
-        scores += fresh
-    scores, pairs = sorted(scores, key=lambda row: row["index"]), []
-    for (where, row), found in ((samples[row["index"]], row["rewards"]) for row in scores):
-        try:
-            pairs.append(choose_pair(row, found, tokenizer.eos_token, args))
-        except SkipRow as skip:
-            count(skipped, str(skip), where)
-    summary = f"{args.samples}: {len(pairs)} pairs of {len(samples)} prompts; skipped: {counted(skipped)}"
+    report = f"{args.samples}: {len(pairs)} pairs of {len(samples)} prompts; skipped: {counted(skipped)}"
     if not pairs:
-        raise UserError(f"no usable pairs in {summary}")
-    complete = "" if todo or not out.exists() else " is complete"
-    text = "".join(json.dumps(pair) + "\n" for pair in pairs)
-    on_rank_0(lambda: finish_rows(scores_file, scores, about, summary, out, text))
-    say(f"{out}{complete}: {summary}")
-
-
-def read_samples(path):
-    """What `sample` wrote -> [("file:line", row)]; `stops` and `references` may lack: all ended, none. Raises
-    UserError."""
-    samples, texts = [], lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
-    for where, row in read_jsonl(Path(path)):
-        said, references = row.get("completions"), row.setdefault("references", [])
-        if not (isinstance(row.get("prompt"), (str, list)) and texts(said) and said and texts(references)
-                and len(row.setdefault("stops", [""] * len(said))) == len(said)):
-            raise UserError(f"{where}: want prompt, completions, references (texts) and stops, as `sample` writes them")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: half of a surrogate pair: mend or drop that row") from None
-        samples.append((where, row))
-    if not samples:
-        raise UserError(f"{path}: no samples")
-    return samples
+        raise UserError(f"no usable pairs in {report}")
+    complete = on_rank_0(lambda: write_made(out, as_lines(pairs)))
+    say(f"{out}{complete}: {report}")
 
 
 def choose_pair(row, rewards, eos, args):
@@ -700,25 +680,26 @@ def choose_pair(row, rewards, eos, args):
 
 
 def golden(args):
-    """Is it over-optimized? A row a checkpoint in RUN/golden.jsonl; what stands there is not computed again."""
+    """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
     rank, _, device = start(args.seed, args.timeout, args.threads)
     reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args.precision, device)
     ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args.precision, device)
-    prompts = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
+    prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
     known, vocab_size = {}, reward_model.model.embed_tokens.num_embeddings
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
     protocol, stops = {name: getattr(args, name) for name in PROTOCOL}, sampling_stops(ref_directory, tokenizer)
-    of = dict(rm=fingerprint(rm_directory), ref=fingerprint(ref_directory), prompts=prompts_sha256(prompts))
+    of = dict(rm=fingerprint(rm_directory), ref=fingerprint(ref_directory), prompts=digest)
     settings = hashlib.sha256(json.dumps([protocol, of]).encode()).hexdigest()[:12]
     work = on_rank_0(lambda: golden_work(args.runs, ref_directory, settings))
     say(f"{len(work)} checkpoints to evaluate, settings {settings}")
 
-    def rate(responses, desc):  # [n][k] of (text, stop) -> n vectors of rewards
-        ids = [scored_ids(rm_tokenizer, prompt.text, ys, vocab_size, args) for prompt, ys in zip(prompts, responses)]
+    def rate(responses, desc):  # n times (texts, stops) -> n vectors of rewards
+        said = zip(prompts, responses)
+        ids = [scored_ids(rm_tokenizer, prompt.text, *of_prompt, vocab_size, args) for prompt, of_prompt in said]
         return score(reward_model, *zip(*ids), args, known, desc)
 
-    references = rate([prompt.references for prompt in prompts], "references") if work else None
+    references = rate([zip(*prompt.references) for prompt in prompts], "references") if work else None
     measured = {}  # by weights: the reference policy is step 0 of every run
     for run, path, weights, step, epoch in work:
         if weights not in measured:
@@ -739,9 +720,8 @@ def golden(args):
 
 
 def golden_work(runs, ref_directory, settings):
-    """-> [(run, checkpoint, fingerprint of its weights, step, epoch)] that RUN/golden.jsonl lacks under these
-    settings."""
-    work, fields = [], ["checkpoint", "step", "weights", "settings"]
+    """-> [(run, checkpoint, sha256 of its weights, step, epoch)] that RUN/golden.jsonl lacks under these settings."""
+    work, key = [], ["step", "weights", "settings"]
     for run in map(Path, dict.fromkeys(runs)):
         try:
             header = json.loads((run / "metrics.jsonl").read_text().split("\n")[0])
@@ -751,41 +731,37 @@ def golden_work(runs, ref_directory, settings):
         found = {int(path.name[5:]): path for path in run.glob("step_*") if path.name[5:].isdecimal()}  # no .bak
         if (run / "final").exists():
             found.setdefault(header["steps"], run / "final")
-        lock(run / "golden.jsonl")
-        done = [[row[field] for field in fields[1:]] for row in held_rows(run / "golden.jsonl", fields, fields[1:])]
+        done = held_rows(run / "golden.jsonl", ["checkpoint", *key], key)
         for step, path in sorted({0: ref_directory, **found}.items()):
             manifest = path / "manifest.json"
             weights = file_sha256(manifest) if manifest.exists() else fingerprint(path)
-            if [step, weights, settings] not in done:
+            if (step, weights, settings) not in done:
                 work.append((run, path, weights, step, step / steps_per_epoch))
     return work
 
 
 def measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, args):
     """-> win rate, KL, k1, reward, length, share that ended, each with its standard error; what was said, as rows."""
-    ids = [prompt.ids for prompt in prompts]
-
-    def draw(temperature, top_p, desc):
-        rounds = completions(policy, ids, args, args.k, temperature, top_p, stops, desc)
-        return [ys for _, ys in sorted(itertools.chain.from_iterable(rounds))]
-
-    drawn = draw(args.temperature, args.top_p, "win rate: sampling")
-    responses = [[completion_text(y, stops, tokenizer) for y in ys] for ys in drawn]
-    rewards_ = rate(responses, "win rate: scoring")
-    drawn = draw(1.0, 1.0, "KL: sampling")  # cut off at max_new_tokens: the KL of what is said until there
+    ids, how = [prompt.ids for prompt in prompts], (args.k, args.temperature, stops, "win rate: sampling")
+    rounds = sampled_rows(policy, tokenizer, prompts, args, *how)
+    said = sorted(itertools.chain.from_iterable(rounds), key=itemgetter("index"))
+    rewards_ = rate([(row["completions"], row["stops"]) for row in said], "win rate: scoring")
+    rounds = completions(policy, ids, args, args.k, 1.0, 1.0, stops, "KL: sampling")
+    # Cut off at max_new_tokens: the KL of what is said until there.
+    drawn = [ys for _, ys in sorted(itertools.chain.from_iterable(rounds))]
     kls = in_batches(lambda xs, ys: divergences(policy, ref, xs, ys), ids, drawn, 2, args.batch_size, "KL")
     mean = lambda values: torch.stack([torch.as_tensor(of_prompt).double().mean() for of_prompt in values])
     per_prompt = dict(win_rate=win_shares(rewards_, reference_rewards), kl=mean([x[:, 0] for x in kls]),
                       k1=mean([x[:, 1] for x in kls]), reward=mean(rewards_),
-                      length=mean([[n for *_, n in ys] for ys in responses]),
-                      ended=mean([[stop is not None for _, stop, _ in ys] for ys in responses]))
+                      length=mean([row["n_tokens"] for row in said]),
+                      ended=mean([[stop is not None for stop in row["stops"]] for row in said]))
     measures = {}
     for name, values in per_prompt.items():
         measures[name], measures[f"{name}_se"] = mean_and_error(values)
     root = math.sqrt(max(measures["kl"], 0.0))
     measures |= dict(sqrt_kl=root, sqrt_kl_se=measures["kl_se"] / (2 * root) if root else 0.0)  # to first order
-    rows = [sample_row(prompt, ys) | dict(reference_rewards=theirs.tolist(), rewards=ours.tolist())
-            for prompt, ys, theirs, ours in zip(prompts, responses, reference_rewards, rewards_)]
+    rows = [row | dict(reference_rewards=theirs.tolist(), rewards=ours.tolist())
+            for row, theirs, ours in zip(said, reference_rewards, rewards_)]
     return measures, rows
 
 
@@ -794,85 +770,73 @@ MT_BENCH_TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0,
 
 
 def bench(args):
-    """Answers to the questions of AlpacaEval 2 or MT-Bench, in their formats."""
-    _, world, device = start(args.seed, args.timeout, args.threads)
-    out, skipped, cut, groups = Path(args.out), {}, {}, {}
-    rows_file = out.with_suffix(".jsonl")  # alpaca_eval's own file is one JSON list, made of it at the end
-    if out.suffix != (".json" if args.suite == "alpaca_eval" else ".jsonl"):
-        raise UserError(f"--out {out}: the name must end in .json (alpaca_eval) or .jsonl (mt_bench)")
-    made = None if out == rows_file else out
+    """Answers to the questions of AlpacaEval 2 or MT-Bench, in their formats; what turn N says, in OUT.turnN.jsonl."""
+    _, _, device = start(args.seed, args.timeout, args.threads)
+    out, skipped, cut = Path(args.out), {}, {}
     policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
-    questions, stops = read_questions(args.suite, Path(args.questions)), sampling_stops(directory, tokenizer)
-    about = dict(args=vars(args), of=dict(policy=fingerprint(directory), questions=file_sha256(args.questions)))
-    rows = on_rank_0(lambda: resume_rows(rows_file, about, made))
-    done = {row["index"] for row in rows}
-    for question in questions:
-        temperature = MT_BENCH_TEMPERATURE.get(question.get("category"), 0.7)
-        temperature = temperature if args.temperature is None else args.temperature
-        if question["index"] not in done:
-            groups.setdefault((temperature, len(question["turns"])), []).append(dict(question, said=[]))
-    for (temperature, turns), group in sorted(groups.items()):
-        for k in range(0, len(group), args.batch_size * world):
-            asked = group[k : k + args.batch_size * world]
-            for turn in range(1, turns + 1):
-                candidates, asked, ids = asked, [], []  # without those that the template refuses
-                for question in candidates:
-                    try:
-                        text = dialogue(tokenizer, question["turns"][:turn], question["said"], args.template)
-                        ids.append(prompt_ids(text, tokenizer, policy.config.vocab_size, args, cut, question["where"]))
-                        asked.append(question)
-                    except SkipRow as skip:
-                        count(skipped, str(skip), question["where"])
-                desc = f"temperature {temperature}, {k} of {len(group)}, turn {turn}"
-                rounds = completions(policy, ids, args, 1, temperature, args.top_p, stops, desc)
-                for number, (y,) in itertools.chain.from_iterable(rounds):
-                    asked[number]["said"].append(completion_text(y, stops, tokenizer)[0].strip())
-            fresh = [bench_row(args.suite, question, args.name or args.model) for question in asked]
-            append_rows(rows_file, fresh)
-            rows += fresh
-    summary = f"{len(rows)} answers to {len(questions)} questions; skipped: {counted(skipped)}; cut: {counted(cut)}"
-    if not rows:
+    questions, stops = read_questions(args), sampling_stops(directory, tokenizer)
+    about = vars(args) | dict(policy=fingerprint(directory), questions=file_sha256(args.questions))
+
+    def compute(lacking):
+        for temperature in sorted({questions[number]["temperature"] for number in lacking}):
+            group = [prompt for index, prompt in lacking.items() if questions[index]["temperature"] == temperature]
+            for fresh in sampled_rows(policy, tokenizer, group, args, 1, temperature, stops, f"at {temperature}"):
+                yield [row | dict(tstamp=time.time()) for row in fresh]
+
+    for turn in range(max((len(question["turns"]) for question in questions), default=0)):
+        prompts = {}
+        for number, question in enumerate(questions):
+            if len(question["messages"]) != 2 * turn or turn == len(question["turns"]):
+                continue  # refused before, or answered
+            question["messages"].append(dict(role="user", content=question["turns"][turn]))
+            try:
+                text = dialogue(tokenizer, question["messages"], args.template)
+                ids = prompt_ids(text, tokenizer, policy.config.vocab_size, args, cut, question["where"])
+                prompts[number] = Prompt(number, text, ids, [])
+            except SkipRow as skip:
+                count(skipped, str(skip), question["where"])
+        rows = extended(out.with_suffix(f".turn{turn + 1}.jsonl"), about, prompts, compute, out)
+        for number, row in rows.items():
+            questions[number]["messages"].append(dict(role="assistant", content=row["completions"][0].strip()))
+            questions[number]["tstamp"] = row["tstamp"]
+    answered = [question for question in questions if len(question["messages"]) == 2 * len(question["turns"])]
+    summary = f"{len(answered)} answers to {len(questions)} questions; skipped: {counted(skipped)}; cut: {counted(cut)}"
+    if not answered:
         raise UserError(f"{args.questions}: no answers: {summary}")
-    rows.sort(key=lambda row: row["index"])
-    answers = [{name: value for name, value in row.items() if name != "index"} for row in rows]
-    on_rank_0(lambda: finish_rows(rows_file, rows, about, summary, made, json.dumps(answers, indent=2) + "\n"))
-    say(f"{out}: {summary}")
+    rows = [bench_row(args.suite, question, args.model) for question in answered]
+    text = as_lines(rows) if args.suite == "mt_bench" else json.dumps(rows, indent=2) + "\n"
+    say(f"{out}{on_rank_0(lambda: write_made(out, text))}: {summary}")
 
 
-def read_questions(suite, path):
-    """Question files as the suites publish them -> rows with `turns` (texts), `index` and `where`. Raises UserError."""
+def read_questions(args):
+    """The suite's question file -> its rows with `turns`, `temperature`, `where` and empty `messages`; or UserError."""
     questions = []
-    for number, (where, row) in enumerate(read_jsonl(path)):  # of alpaca_eval.json, one array, too
-        if suite == "alpaca_eval":
+    for number, (where, row) in enumerate(read_jsonl(Path(args.questions))):  # of alpaca_eval.json, one array, too
+        if args.suite == "alpaca_eval":
             row |= dict(question_id=number, turns=[row.get("instruction")])
-        turns = row.get("turns")
-        if row.get("question_id") is None or not isinstance(turns, list) or not turns or not all(
-                isinstance(turn, str) and turn.strip() for turn in turns):
-            raise UserError(f"{where}: question {number}: not one of {suite}")
-        questions.append(dict(row, index=row["question_id"], where=where))
+        if row.get("question_id") is None or not row.get("turns") or not are_texts(row["turns"]):
+            raise UserError(f"{where}: question {number}: not one of {args.suite}")
+        temperature = MT_BENCH_TEMPERATURE.get(row.get("category"), 0.7)
+        temperature = temperature if args.temperature is None else args.temperature
+        questions.append(row | dict(temperature=temperature, where=where, messages=[]))
     return questions
 
 
-def dialogue(tokenizer, turns, answers, template):
-    """The user's turns and the answers to all but the last, as the prompt of that one's answer: by the chat template or
-    in HH's form. Raises SkipRow."""
+def dialogue(tokenizer, messages, template):
+    """Messages up to a user's as the prompt of the answer: by the chat template or in HH's form. Raises SkipRow."""
     if template == "hh":
-        texts = [f"\n\nHuman: {turn}\n\nAssistant:" for turn in turns]
-        return texts[0] + "".join(f" {answer}{text}" for answer, text in zip(answers, texts[1:]))
-    messages = [dict(role="user", content=turns[0])]
-    for answer, turn in zip(answers, turns[1:]):
-        messages += [dict(role="assistant", content=answer), dict(role="user", content=turn)]
+        names = dict(user="Human", assistant="Assistant")
+        return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages) + "\n\nAssistant:"
     return apply_template(tokenizer, messages, None, add_generation_prompt=True)
 
 
 def bench_row(suite, question, generator):
     """An answer in the suite's format: FastChat's model_answer line or an entry of AlpacaEval's model_outputs.json."""
-    index, said = question["index"], question["said"]
+    name, said = question["question_id"], [message["content"] for message in question["messages"][1::2]]
     if suite == "mt_bench":
-        digest = hashlib.sha256(json.dumps([generator, index, said]).encode()).hexdigest()
-        return dict(index=index, question_id=index, answer_id=digest[:22], model_id=generator,
-                    choices=[dict(index=0, turns=said)], tstamp=time.time())
-    return dict(index=index, dataset=question.get("dataset", ""), instruction=question["turns"][0], output=said[0],
+        return dict(question_id=name, answer_id=f"{generator}/{name}", model_id=generator,
+                    choices=[dict(index=0, turns=said)], tstamp=question["tstamp"])
+    return dict(dataset=question.get("dataset", ""), instruction=question["turns"][0], output=said[0],
                 generator=generator)
 
 
@@ -898,215 +862,180 @@ new line, state only "A" or "B" to indicate which response is more helpful. Your
 Comparison: <one-sentence comparison and explanation>
 
 More helpful: <"A" or "B">"""
+CHOICE = re.compile(r"[\W_]*+((?i:more helpful|preferred)[\W_]++)?((?i:response|summary)[\W_]++)?([AB])[\W_]*+")
 JUDGE_SAMPLING = dict(temperature=0, max_tokens=2048)  # FastChat's for MT-Bench
 NEED_REFERENCE = ("math", "reasoning", "coding")  # MT-Bench's categories that are graded beside a reference answer
+PATIENCE = dict(timeout=300, max_retries=8)  # seconds; retries after 429, 5xx, a time-out or no connection
 GIVE_UP = 20  # requests failed in a row, each after its retries: the server is down
 
 
 def parse_choice(text):
-    """A judge's answer -> "A", "B" or None: the last line that holds the choice alone or after "More helpful:" and
-    such."""
-    leads = {"", "more helpful", "preferred", "response", "summary", "more helpful response", "preferred summary"}
-    for line in reversed(text.splitlines()):
-        *lead, last = re.findall(r"[^\W_]+", line) or [""]
-        if last in ("A", "B") and " ".join(lead).lower() in leads:
-            return last
-    return None
+    """A judge's answer -> "A", "B" or None: of the last line that has it alone or after "More helpful:" and such."""
+    found = [line[3] for line in map(CHOICE.fullmatch, text.splitlines()) if line]
+    return found[-1] if found else None
 
 
 def parse_rating(text):
-    """A judge's answer -> the rating 1 to 10 as FastChat finds it, the first [[n]] or else the first [n], or None;
-    FastChat would take any number."""
+    """A judge's answer -> the rating, 1 to 10, or None: like FastChat the first [[n]], or else the first [n]."""
     match = re.search(r"\[\[(\d+(?:\.\d*)?)\]\]", text) or re.search(r"\[(\d+(?:\.\d*)?)\]", text)
     return float(match[1]) if match and 1 <= float(match[1]) <= 10 else None
 
 
 def request_seed(seed, prompt, j):
-    """A number in [0, 2^31), a pure function of the seed, the prompt (text or messages) and the completion's index
-    j."""
+    """A number in [0, 2^31), a pure function of the seed, the prompt (text or messages) and the completion's index."""
     return int(hashlib.sha256(json.dumps([seed, prompt, j], sort_keys=True).encode()).hexdigest()[:8], 16) >> 1
 
 
-def connect(args):
-    """-> the openai client for --api; repeating requests, Retry-After included, is its business. The key is read from
-    the environment and goes nowhere else. Raises UserError."""
+def ask_all(items, args):
+    """Send all requests of items (what it is for, its requests), one after another, of args.concurrency items at a
+    time; yield (what for, replies), and send no more until that is kept: never are more replies paid for and not kept.
+    Repeating is the openai client's business. A reply: text, finish_reason, tokens (None if the server does not say)
+    and model. The key is read from the environment and goes nowhere else; where a server quotes it, it is cut out.
+    Raises UserError: at once for a request that is refused, at the end if others failed."""
     try:
         import openai
     except ImportError:
         raise UserError("asking a model through --api needs `pip install openai`") from None
-    url = re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[^@?#\s]*)?", args.api)
-    if not url:  # not repeated here: it may hold a password
+    if not re.fullmatch(r"https?://[^@?#\s]+", args.api):  # not repeated here: it may hold a password
         raise UserError("--api: want http(s)://HOST[:PORT]/PATH without credentials, such as http://localhost:8000/v1")
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()) or not key and url[1].endswith("openai.com"):
-        raise UserError(f"{args.api} wants a key in plain letters: set OPENAI_API_KEY in the environment")
-    how = dict(timeout=args.request_timeout, max_retries=args.retries)
-    return openai.OpenAI(api_key=key or "no-key-is-set", base_url=args.api, **how)
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-is-set"  # a local server wants none
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY: a key has plain letters only")
+    client = openai.OpenAI(api_key=key, base_url=args.api, **PATIENCE)
 
+    def ask(request):
+        answer = (client.chat.completions if "messages" in request else client.completions).create(**request)
+        choice = answer.choices[0]
+        text = choice.message.content if "messages" in request else choice.text
+        return dict(text=text or "", finish_reason=choice.finish_reason, model=answer.model,
+                    tokens=answer.usage.completion_tokens if answer.usage else None)
 
-def ask_all(items, request_of, keep, args):
-    """Send request_of(item) for all items, args.concurrency at a time; keep(item, reply) is called, one at a time,
-    before its thread asks again: never are more replies paid for and not kept. reply: text, finish_reason, tokens (None
-    if the server does not say) and model; the key, which servers like to quote, is cut out. Raises UserError at once
-    for a request that is refused; -> what is to be said of others that failed after the client's retries, or
-    nothing."""
-    client, one_at_a_time, failures, in_a_row = connect(args), threading.Lock(), [], 0
-    import openai
-
-    redact = lambda words: words.replace(client.api_key, "[key]") if isinstance(words, str) else words
-
-    def work(item):
-        nonlocal in_a_row
-        if in_a_row >= GIVE_UP:
-            return
-        request, reply = request_of(item), None
-        try:
-            answer = (client.chat.completions if "messages" in request else client.completions).create(**request)
-            choice = answer.choices[0]
-            text = choice.message.content if "messages" in request else choice.text
-            reply = dict(text=text or "", finish_reason=choice.finish_reason, model=answer.model,
-                         tokens=answer.usage.completion_tokens if answer.usage else None)
-        # The others: what a proxy's page or cut JSON leads to.
-        except (openai.APIError, json.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
-            why = f"{type(error).__name__}: {' '.join(redact(str(error)).split())[:300]}"
-            status = getattr(error, "status_code", 500)
-            if status < 500 and status not in (408, 409, 429):
-                in_a_row = GIVE_UP
-                raise UserError(f"{args.api} refuses a request to {request['model']}: {why}") from None
-        with one_at_a_time:
-            in_a_row = 0 if reply else in_a_row + 1
-            if reply:
-                keep(item, {name: redact(value) for name, value in reply.items()})
-            else:
-                failures.append(why)
-
+    unsent, running, failures, in_a_row = iter(tqdm(items, disable=None)), {}, [], 0
     pool = ThreadPoolExecutor(args.concurrency)
     try:
-        asked = [pool.submit(work, item) for item in items]
-        for future in tqdm(as_completed(asked), total=len(asked), unit="request", disable=None):
-            future.result()
+        while True:
+            free = args.concurrency - len(running) if in_a_row < GIVE_UP else 0
+            for what, requests in itertools.islice(unsent, free):
+                running[pool.submit(list, map(ask, requests))] = what  # one after another, in a thread
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                what, in_a_row = running.pop(future), in_a_row + 1
+                try:
+                    yield what, json.loads(json.dumps(future.result()).replace(key, "[key]"))
+                    in_a_row = 0
+                # The others: what a proxy's page or cut JSON leads to.
+                except (openai.APIError, json.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
+                    why = f"{type(error).__name__}: {' '.join(str(error).split())}".replace(key, "[key]")[:300]
+                    failures.append(why)
+                    status = getattr(error, "status_code", 500)
+                    if status < 500 and status not in (408, 409, 429):
+                        raise UserError(f"{args.api} refuses a request: {why}") from None
     finally:  # Ctrl-C, or a request refused: do not wait for what is under way
         pool.shutdown(wait=False, cancel_futures=True)
-    return failures and (f"{len(failures)} of {len(items)} requests failed, the first: {failures[0]}; after {GIVE_UP}"
-                         " in a row no more is asked; the same command asks those that are missing")
+    if failures:
+        raise UserError(f"{len(failures)} of {len(items)} requests failed, the first: {failures[0]}; after {GIVE_UP} in"
+                        " a row no more is asked; the same command asks those that are missing")
 
 
-def api_completions(prompts, args, keep):
-    """args.k completions of each Prompt from a server, each a request with its own seed: a text is continued as it is,
-    a list of messages answered through the server's chat template. keep(prompt, [(text, stop, tokens)]) as prompts are
-    completed. Raises UserError at the end if requests failed: their prompts were not kept."""
-    replies = {prompt.index: {} for prompt in prompts}
-
-    def request(item):
-        prompt, j = item
+def api_rows(prompts, args):
+    """Like sampled_rows, from a server: each completion a request with its own seed; a text is continued as it is, a
+    list of messages answered through the server's chat template. A prompt of whose requests one failed has no row."""
+    how = dict(model=args.model, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
+    items = []
+    for prompt in prompts:
         what = dict(prompt=prompt.text) if isinstance(prompt.text, str) else dict(messages=prompt.text)
-        return what | dict(model=args.model, temperature=args.temperature, top_p=args.top_p,
-                           max_tokens=args.max_new_tokens, seed=request_seed(args.seed, prompt.text, j))
-
-    def gather(item, reply):
-        prompt, j = item
-        of_prompt = replies[prompt.index]
-        of_prompt[j] = reply["text"], "" if reply["finish_reason"] == "stop" else None, reply["tokens"]
-        if len(of_prompt) == args.k:
-            keep(prompt, [of_prompt[j] for j in range(args.k)])
-
-    if failed := ask_all([(prompt, j) for prompt in prompts for j in range(args.k)], request, gather, args):
-        raise UserError(failed)
+        seeds = [request_seed(args.seed, prompt.text, j) for j in range(args.k)]
+        items.append((prompt, [what | how | dict(seed=seed) for seed in seeds]))
+    for prompt, replies in ask_all(items, args):
+        stops = ["" if reply["finish_reason"] == "stop" else None for reply in replies]
+        yield [sample_row(prompt, [(reply["text"], stop, reply["tokens"]) for reply, stop in zip(replies, stops)])]
 
 
 def comparison_tasks(args):
-    """-> the requests that compare samples, and counts of what has nothing to be compared with. A task holds `messages`
-    and `about`: what it asks about, with the letter that stands for our completion. Texts lose the blanks around them,
+    """-> the requests that compare samples, [(what one asks about, its messages)], and how many completions have
+    nothing to be compared with. `completion_is` is the letter of our completion. Texts lose the blanks around them,
     which would tell the writers apart; an empty completion is judged like any other."""
-    tasks, lacking, others = [], dict(completions_without_opponent=0), {}
-    for _, row in read_samples(args.against) if args.against else []:
-        others.setdefault(json.dumps(row["prompt"]), row["completions"])
+    tasks, unmatched = [], 0
+    others = read_samples(args.against) if args.against else []
+    others = {json.dumps(row["prompt"]): row["completions"] for _, row in others}
     for where, row in read_samples(args.samples):
         prompt, said = row["prompt"], row["completions"]
         if not isinstance(prompt, str):
             raise UserError(f"{where}: the judge's prompt takes texts, this one is a list of messages")
         opponents = others.get(json.dumps(prompt), []) if args.against else row["references"][:1] * len(said)
-        lacking["completions_without_opponent"] += max(0, len(said) - len(opponents))
+        unmatched += max(0, len(said) - len(opponents))
         for j, (ours, theirs) in enumerate(zip(said, opponents)):
             letter = "AB"[request_seed(args.seed, prompt, j) % 2]
             a, b = (ours, theirs) if letter == "A" else (theirs, ours)
             content = COMPARE.format(prompt=prompt.strip(), a=a.strip(), b=b.strip())
-            about = dict(prompt=prompt, j=j, completion_is=letter)
-            tasks.append(dict(messages=[dict(role="user", content=content)], about=about))
-    return tasks, lacking
+            tasks.append((dict(prompt=prompt, j=j, completion_is=letter), [dict(role="user", content=content)]))
+    return tasks, unmatched
 
 
 def mt_bench_tasks(args):
     """Like comparison_tasks: the requests that grade MT-Bench answers one by one, turn 1 and turn 2, in FastChat's
-    words."""
-    folder, tasks, lacking = Path(args.mt_bench), [], dict(questions_without_answer=0)
+    words; and how many questions have no answer."""
+    folder, tasks, where = Path(args.mt_bench), [], args.samples
     try:
-        answers, references = {}, {}
-        for path, found in ((args.answers, answers), (folder / "mt_bench/reference_answer/gpt-4.jsonl", references)):
-            for where, row in read_jsonl(Path(path)):
-                if row["question_id"] in found:
-                    raise UserError(f"{where}: question {row['question_id']} is answered twice: leave one model's")
-                found[row["question_id"]] = row["choices"][0]["turns"]
         templates = {row["name"]: row for _, row in read_jsonl(folder / "judge_prompts.jsonl")}
-        for _, row in read_jsonl(folder / "mt_bench/question.jsonl"):
-            name, category, turns = row["question_id"], row["category"], row["turns"]
-            if name not in answers:
-                lacking["questions_without_answer"] += 1
-                continue
-            fields = dict(question=turns, answer=answers[name], ref_answer=references.get(name, []))
+        questions = {row["question_id"]: row for _, row in read_jsonl(folder / "mt_bench/question.jsonl")}
+        references = {row["question_id"]: row["choices"][0]["turns"]
+                      for _, row in read_jsonl(folder / "mt_bench/reference_answer/gpt-4.jsonl")}
+        for where, answer in read_jsonl(Path(args.samples)):
+            name = answer["question_id"]
+            question = questions.pop(name)  # an answer of another model to it is an error
+            fields = dict(question=question["turns"], answer=answer["choices"][0]["turns"],
+                          ref_answer=references.get(name, []))
             texts = {f"{field}_{k}": text for field, of_turns in fields.items() for k, text in enumerate(of_turns, 1)}
-            kind = "single-math-v1" if category in NEED_REFERENCE else "single-v1"
-            for turn, template in enumerate((kind, f"{kind}-multi-turn")[: len(turns)], 1):
-                texts |= dict(question=texts["question_1"], answer=texts["answer_1"])
-                content = templates[template]["prompt_template"].format(**texts)
+            texts |= dict(question=texts["question_1"], answer=texts["answer_1"])
+            kind = "single-math-v1" if question["category"] in NEED_REFERENCE else "single-v1"
+            for turn, template in enumerate((kind, f"{kind}-multi-turn")[: len(question["turns"])], 1):
                 system = dict(role="system", content=templates[template]["system_prompt"])
-                about = dict(question_id=name, category=category, turn=turn)
-                tasks.append(dict(messages=[system, dict(role="user", content=content)], about=about))
+                user = dict(role="user", content=templates[template]["prompt_template"].format(**texts))
+                tasks.append((dict(question_id=name, category=question["category"], turn=turn), [system, user]))
     except (LookupError, TypeError) as error:
-        raise UserError(f"{args.answers} and {folder} do not fit, or are not FastChat's: {error!r}") from None
-    return tasks, lacking
+        raise UserError(f"{where}: does not fit {folder}, or answers a question twice: {error!r}") from None
+    return tasks, len(questions)
 
 
 def judge(args):
-    """Ask for every verdict that the ledger lacks, then score. A verdict's key is the hash of its request and of what
-    it is about, so a ledger serves any number of runs, and other flags ask anew."""
-    tasks, counts = (mt_bench_tasks if args.mt_bench else comparison_tasks)(args)
+    """Verdicts of a judge behind an API: those that the ledger OUT lacks (delete a line to ask it again) are asked for,
+    then all are scored. The key of one is the hash of its request and what it is about: a ledger serves many runs."""
+    tasks, unmatched = (mt_bench_tasks if args.mt_bench else comparison_tasks)(args)
     if not tasks:
-        raise UserError(f"{args.answers or args.samples}: nothing to judge: {counts}")
-    for task in tasks:
-        identity = dict(model=args.judge, messages=task["messages"], about=task["about"], **JUDGE_SAMPLING)
-        task["key"] = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock(out)
-    ledger = {row["key"]: row for row in held_rows(out, ["key", "verdict", "text"], ["key"])}
-    pending = list({task["key"]: task for task in tasks if task["key"] not in ledger}.values())
-    say(f"{out}: {len(tasks)} verdicts wanted, {len(pending)} of them still to be asked of {args.judge}")
-
-    def keep(task, reply):
-        verdict = (parse_rating if args.mt_bench else parse_choice)(reply["text"])
-        ledger[task["key"]] = dict(key=task["key"], judge=args.judge, **task["about"], verdict=verdict, **reply)
-        append_rows(out, [ledger[task["key"]]])
-
-    request = lambda task: dict(model=args.judge, messages=task["messages"], **JUDGE_SAMPLING)
-    failed = ask_all(pending, request, keep, args) if pending else None
-    verdicts = [(task["about"], ledger[task["key"]]) for task in tasks if task["key"] in ledger]
+        raise UserError(f"{args.samples}: nothing to judge, {unmatched} without an opponent or an answer")
+    out, wanted, failed = Path(args.out), {}, None  # wanted, by key: what it is about, request
+    for about, messages in tasks:
+        request = dict(model=args.judge, messages=messages, **JUDGE_SAMPLING)
+        identity = json.dumps(dict(request, about=about), sort_keys=True, separators=(",", ":"))
+        wanted[hashlib.sha256(identity.encode()).hexdigest()] = about, request
+    ledger = held_rows(out, ["key", "verdict", "text"], ["key"])
+    pending = [(key, [request]) for key, (_, request) in wanted.items() if key not in ledger]
+    say(f"{out}: {len(wanted)} verdicts wanted, {len(pending)} of them still to be asked of {args.judge}")
+    try:
+        for key, (reply,) in ask_all(pending, args):
+            verdict = (parse_rating if args.mt_bench else parse_choice)(reply["text"])
+            ledger[key] = dict(key=key, judge=args.judge, **wanted[key][0], verdict=verdict, **reply)
+            append_rows(out, [ledger[key]])
+    except UserError as error:
+        failed = error  # what there is, is scored
+    verdicts = [(about, ledger[key]) for key, (about, _) in wanted.items() if key in ledger]
     scored = [(about, row["verdict"]) for about, row in verdicts if row["verdict"] is not None]
     malformed = {row["key"]: " ".join(row["text"].split())[:80] for _, row in verdicts if row["verdict"] is None}
-    counts |= dict(verdicts_wanted=len(tasks), scored=len(scored), malformed=len(verdicts) - len(scored),
-                   missing=len(tasks) - len(verdicts))
-    asked = {name: getattr(args, name) for name in ("judge", "samples", "against", "answers", "seed")}
-    result = (grade_result if args.mt_bench else comparison_result)(scored) if scored else {}
-    summary = asked | counts | result | dict(malformed_verdicts=malformed)  # in the judge's words: not scored
-    write_json(out.with_suffix(".summary.json"), summary)
-    say(f"{json.dumps(counts | result, indent=2)}\n-> {out.with_suffix('.summary.json')}")
+    result = dict(unmatched=unmatched, verdicts_wanted=len(wanted), scored=len(scored), malformed=len(malformed),
+                  missing=len(wanted) - len(verdicts))
+    if scored:
+        result |= (grade_result if args.mt_bench else comparison_result)(scored)
+    # Malformed verdicts: in the judge's words; they are not scored.
+    write_json(out.with_suffix(".summary.json"), vars(args) | result | dict(malformed_verdicts=malformed))
+    say(f"{json.dumps(result, indent=2)}\n-> {out.with_suffix('.summary.json')}")
     if failed:
-        raise UserError(failed)
+        raise failed
 
 
 def comparison_result(scored):
-    """Scored comparisons [(about, "A" or "B")] -> win rate, the mean over prompts, and its standard error; share_a: how
-    often the judge said A, 0.5 without a bias of position."""
+    """[(about, "A" or "B")] -> win rate, the mean over prompts, its error; share_a: of A, 0.5 without position bias."""
     wins = {}
     for about, choice in scored:
         wins.setdefault(about["prompt"], []).append(float(choice == about["completion_is"]))
@@ -1116,8 +1045,7 @@ def comparison_result(scored):
 
 
 def grade_result(scored):
-    """Scored MT-Bench grades [(about, 1 to 10)] -> mean grades, as FastChat's: a category's and the overall one pool
-    turns."""
+    """[(about, 1 to 10)] -> mean grades of categories and overall, a turn and, as FastChat pools them, of both."""
     grades = {}
     for about, rating in scored:
         for category, turn in itertools.product((about["category"], "overall"), (f"turn_{about['turn']}", "both")):

@@ -122,7 +122,13 @@ def server(one_server, monkeypatch, process_group):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)  # what the server does not ask for; half a second
+    patience(monkeypatch)
     return one_server
+
+
+def patience(monkeypatch, timeout=5, max_retries=2):
+    """What the client is told, here and not in a process of its own."""
+    monkeypatch.setattr(evaluate, "PATIENCE", dict(timeout=timeout, max_retries=max_retries))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the runs
@@ -143,7 +149,7 @@ def samples(path, n, k=1, ours="good {}", theirs="bad {}"):
 
 
 def command(server, tmp_path, *more, **flags):
-    flags = dict(api=server.url, judge="gpt-4o-mini", out=tmp_path / "verdicts.jsonl", retries=2, request_timeout=5) | flags
+    flags = dict(api=server.url, judge="gpt-4o-mini", out=tmp_path / "verdicts.jsonl") | flags
     return [*(str(word) for name, value in flags.items() for word in (f"--{name}", value)), *more]
 
 
@@ -262,18 +268,18 @@ def test_what_has_no_opponent(server, tmp_path):
     theirs = [dict(prompt="c", completions=["x", "good good"]), dict(prompt="a", completions=["x"])]
     flags = dict(samples=write_jsonl(tmp_path / "ours", ours), against=write_jsonl(tmp_path / "theirs", theirs))
     result = judge(server, tmp_path, **flags)
-    assert result["completions_without_opponent"] == 3  # both of b, the second of a
+    assert result["unmatched"] == 3  # both of b, the second of a
     assert result["scored"] == 3 and result["win_rate"] == pytest.approx((1 + 0.5) / 2)  # a, c
     with pytest.raises(evaluate.UserError, match="nothing to judge"):
         judge(server, tmp_path, samples=tmp_path / "ours")  # without references
 
 
 def test_equal_completions(server, tmp_path):
-    """Two completions of a prompt are two verdicts, though their texts be equal; a row that stands twice is asked once."""
+    """Two completions of a prompt are two verdicts, though their texts be equal; a row that stands twice is one."""
     rows = [dict(prompt=f"question {i}", completions=["good", "good"], references=["bad"]) for i in range(8)]
     assert judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", rows))["scored"] == 16 == len(server.requests)
     result = judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", rows + rows))
-    assert (result["scored"], result["prompts"], len(server.requests)) == (32, 8, 16)
+    assert (result["scored"], result["prompts"], len(server.requests)) == (16, 8, 16)
 
 
 def test_malformed(server, tmp_path, capsys):
@@ -293,7 +299,7 @@ def test_malformed(server, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------- what goes wrong
-def test_faults_are_retried(server, tmp_path):
+def test_faults_are_retried(server, tmp_path, monkeypatch):
     """Each kind once or twice, then an answer: all are scored, and each verdict is asked for until it is there, no more."""
     faults = [(429, ("Retry-After", "1")), (503, ("Retry-After", "1")), (500,), "cut", "hang"]
 
@@ -302,8 +308,9 @@ def test_faults_are_retried(server, tmp_path):
         return fault if nth <= (1 if fault == "hang" else 2) else fair(request)
 
     server.reset(behave)
+    patience(monkeypatch, timeout=1)
     began = time.monotonic()
-    result = judge(server, tmp_path, samples=samples(tmp_path / "s", 10), request_timeout=1, concurrency=10)
+    result = judge(server, tmp_path, samples=samples(tmp_path / "s", 10), concurrency=10)
     assert result["scored"] == 10 and result["win_rate"] == 1 and len(server.requests) == 8 * 3 + 2 * 2
     assert 2 <= time.monotonic() - began < 10  # Retry-After was honoured
     for body in {json.dumps(request) for _, request in server.requests if "question 0?" in content(request)}:
@@ -324,22 +331,23 @@ def test_failures_do_not_stop_the_run(server, tmp_path, capsys):
     assert judge(server, tmp_path, samples=tmp_path / "s")["scored"] == 9 and len(server.requests) == 4
 
 
-def test_a_server_that_is_down_is_left_alone(server, tmp_path):
+def test_a_server_that_is_down_is_left_alone(server, tmp_path, monkeypatch):
     """After 20 failures in a row; not after 25 here and there."""
+    patience(monkeypatch, max_retries=0)
     server.reset(lambda request, nth: (503,))
     with pytest.raises(evaluate.UserError, match="2. of 100 requests failed.*after 20 in a row no more"):
-        judge(server, tmp_path, samples=samples(tmp_path / "s", 100), retries=0, concurrency=4)
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 100), concurrency=4)
     assert 20 <= len(server.requests) < 20 + 4 and json.loads((tmp_path / "verdicts.summary.json").read_text())["missing"] == 100
     server.reset(lambda request, nth: (503,) if re.search(r"question \d?[02468]\?", content(request)) else fair(request))
     with pytest.raises(evaluate.UserError, match="50 of 100 requests failed"):
-        judge(server, tmp_path, samples=tmp_path / "s", retries=0, concurrency=4)
+        judge(server, tmp_path, samples=tmp_path / "s", concurrency=4)
     assert len(server.requests) == 100
 
 
 @pytest.mark.parametrize("status", [400, 404])
 def test_refusals_stop_the_run(server, tmp_path, status):
     server.reset(lambda request, nth: (status,))
-    with pytest.raises(evaluate.UserError, match=f"refuses a request to gpt-4o-mini.*{status}") as error:
+    with pytest.raises(evaluate.UserError, match=f"{server.url} refuses a request.*{status}") as error:
         judge(server, tmp_path, samples=samples(tmp_path / "s", 50), concurrency=2)
     assert len(server.requests) <= 4
     no_key(tmp_path, str(error.value))
@@ -355,14 +363,13 @@ def test_a_wrong_key_is_one_line(server, tmp_path):
 
 
 def test_key_and_url(server, tmp_path, monkeypatch):
-    """From the environment only; none for a local server is fine, for OpenAI's it is an error before anything is sent."""
+    """From the environment only; none for a local server is fine, one that no header can hold is an error."""
     judge(server, tmp_path, samples=samples(tmp_path / "s", 1))
     assert server.keys == {f"Bearer {KEY}"}
     no_key(tmp_path)
-    for value in ("", "sk-\u00e9"):
-        monkeypatch.setenv("OPENAI_API_KEY", value)
-        with pytest.raises(evaluate.UserError, match="OPENAI_API_KEY"):
-            judge(server, tmp_path, samples=tmp_path / "s", judge="other", api="https://api.openai.com/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9")
+    with pytest.raises(evaluate.UserError, match="OPENAI_API_KEY"):
+        judge(server, tmp_path, samples=tmp_path / "s", judge="other")
     monkeypatch.delenv("OPENAI_API_KEY")
     assert judge(server, tmp_path, samples=tmp_path / "s", judge="other")["scored"] == 1
     for url in ("localhost:8000", "http://user:secret@host/v1", "http://host/v1?key=secret"):
@@ -375,7 +382,7 @@ def test_key_and_url(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{broken", "s:1: not JSON"), ('{"prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "no samples"),
+    ("{broken", "s:1: not JSON"), ('{"prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "nothing to judge"),
     ('{"prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "s:1: half of a surrogate pair")])
 def test_bad_samples(server, tmp_path, line, words):
     (tmp_path / "s").write_text(line + "\n")
@@ -384,9 +391,8 @@ def test_bad_samples(server, tmp_path, line, words):
 
 
 def test_flags(server, tmp_path):
-    for flags, words in ((dict(), "--samples is missing"), (dict(answers="a"), "--mt_bench is missing"),
-                         (dict(samples="s", answers="a", mt_bench="d"), "not both"), (dict(mt_bench="d", samples="s"), "--answers is missing"),
-                         (dict(samples="s", retries=-1), "--retries.*-1")):
+    for flags, words in ((dict(), "--samples"), (dict(samples="s", api=""), "--api is missing"),
+                         (dict(samples="s", concurrency=0), "--concurrency 0.*above 0"), (dict(samples="s", out="v.txt"), "--out v.txt.*.jsonl")):
         with pytest.raises(evaluate.UserError, match=words):
             samples(tmp_path / "s", 1)
             judge(server, tmp_path, **{name: tmp_path / value if value == "s" else value for name, value in flags.items()})
@@ -404,7 +410,8 @@ def test_concurrency(server, tmp_path):
 def test_each_reply_is_kept_before_the_next_request(server, tmp_path):
     """Whenever a request comes in, at most `concurrency` of those sent, itself included, are not in the ledger."""
     unkept = []
-    ledger = lambda: (tmp_path / "verdicts.jsonl").read_bytes().count(b"\n")
+    out = tmp_path / "verdicts.jsonl"
+    ledger = lambda: out.read_bytes().count(b"\n") if out.exists() else 0
     server.reset(lambda request, nth: unkept.append(len(server.requests) - ledger()) or fair(request), latency=0.005)
     judge(server, tmp_path, samples=samples(tmp_path / "s", 60), concurrency=4)
     assert len(unkept) == 60 and max(unkept) <= 4
@@ -448,7 +455,7 @@ def test_kill_and_resume(server, tmp_path):
 def test_interrupt(server, tmp_path):
     """Ctrl-C while requests hang: 130 at once, no traceback, what came in before is kept."""
     server.reset(lambda request, nth: fair(request) if len(server.requests) <= 10 else "hang")
-    process = start(command(server, tmp_path, samples=samples(tmp_path / "s", 40), concurrency=4, request_timeout=60))
+    process = start(command(server, tmp_path, samples=samples(tmp_path / "s", 40), concurrency=4))
     ledger = tmp_path / "verdicts.jsonl"
     wait_for(lambda: len(server.requests) == 14 and ledger.read_bytes().count(b"\n") == 10)
     began = time.monotonic()
@@ -505,7 +512,7 @@ def test_mt_bench(server, tmp_path, suite, capsys):
         return "no grade" if grade is None else f"Fair. Rating: [[{grade}]]"
 
     server.reset(behave)
-    result = judge(server, tmp_path, answers=file, mt_bench=tmp_path / "data")
+    result = judge(server, tmp_path, samples=file, mt_bench=tmp_path / "data")
 
     templates = {row["name"]: row for row in read_jsonl(suite["judge_prompts"])}
     references = {row["question_id"]: row["choices"][0]["turns"] for row in read_jsonl(suite["reference_answers"])}
@@ -531,22 +538,22 @@ def test_mt_bench(server, tmp_path, suite, capsys):
     grades = result["grades"]
     assert grades.pop("overall") == means(None) and grades.keys() == {c for c, _, _ in rows}
     assert all(row == means(category) for category, row in grades.items())
-    assert (result["malformed"], result["questions_without_answer"]) == (1, 1) and result["scored"] == len(expected) - 1
-    again = judge(server, tmp_path, answers=file, mt_bench=tmp_path / "data")
+    assert (result["malformed"], result["unmatched"]) == (1, 1) and result["scored"] == len(expected) - 1
+    again = judge(server, tmp_path, samples=file, mt_bench=tmp_path / "data")
     assert again["scored"] == result["scored"] and len(server.requests) == len(expected)
 
 
 @pytest.mark.parametrize("suite", ["small"], indirect=True)
 def test_mt_bench_files_that_do_not_fit(server, tmp_path, suite):
     answers = [dict(question_id=n, choices=[dict(turns=["a", "b"])]) for n in range(5)]
-    run = lambda rows: judge(server, tmp_path, answers=write_jsonl(tmp_path / "a.jsonl", rows), mt_bench=tmp_path / "data")
-    for rows, words in ((answers + answers[:1], "a.jsonl:6: question 0 is answered twice"),
-                        ([dict(question_id=1)], "a.jsonl.* do not fit.*choices"),
-                        ([dict(question_id=0, choices=[dict(turns=["a"])])], "do not fit.*answer_2")):
+    run = lambda rows: judge(server, tmp_path, samples=write_jsonl(tmp_path / "a.jsonl", rows), mt_bench=tmp_path / "data")
+    for rows, words in ((answers + answers[:1], "a.jsonl:6: .*answers a question twice"),
+                        ([dict(question_id=1)], "a.jsonl:1: does not fit.*choices"),
+                        ([dict(question_id=0, choices=[dict(turns=["a"])])], "does not fit.*answer_2")):
         with pytest.raises(evaluate.UserError, match=words):
             run(rows)
     write_jsonl(suite["reference_answers"], read_jsonl(suite["reference_answers"])[:1])
-    with pytest.raises(evaluate.UserError, match="do not fit.*ref_answer_1"):
+    with pytest.raises(evaluate.UserError, match="does not fit.*ref_answer_1"):
         run(answers)
 
 
@@ -554,16 +561,12 @@ def test_mt_bench_files_that_do_not_fit(server, tmp_path, suite):
 def completions(server, prompts, k=2, keep=None, **flags):
     """-> {index: (texts, stops, tokens)}"""
     how = dict(model="m", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=3, k=k)
-    args = SimpleNamespace(**dict(api=server.url, concurrency=8, request_timeout=5, retries=1) | how | flags)
+    args = SimpleNamespace(**dict(api=server.url, concurrency=8) | how | flags)
     rows = {}
-
-    def gather(prompt, answers):
-        rows[prompt.index] = tuple(map(list, zip(*answers)))
+    for fresh in evaluate.api_rows([evaluate.Prompt(index, text, None, []) for index, text in prompts], args):
+        rows |= {row["index"]: (row["completions"], row["stops"], row["n_tokens"]) for row in fresh}
         if keep:
             keep(rows)
-
-    prompts = [evaluate.Prompt(index, text, None, []) for index, text in prompts]
-    evaluate.api_completions(prompts, args, gather)
     return rows
 
 
@@ -594,11 +597,11 @@ def test_api_completions_that_fail(server):
     """Half of the second fails: it is not kept, the others are, and the error at the end says so. A refusal ends at once."""
     server.reset(lambda request, nth: (503,) if request["seed"] == evaluate.request_seed(3, PROMPTS[1][1], 1) else sampled(request))
     kept = {}
-    with pytest.raises(evaluate.UserError, match="1 of 6 requests failed.*same command") as error:
+    with pytest.raises(evaluate.UserError, match="1 of 3 requests failed.*same command") as error:
         completions(server, PROMPTS, keep=kept.update)
     assert kept.keys() == {0, 2} and KEY not in str(error.value)
     server.reset(lambda request, nth: (404,))
-    with pytest.raises(evaluate.UserError, match="refuses a request to m.*404") as error:
+    with pytest.raises(evaluate.UserError, match="refuses a request.*404") as error:
         completions(server, PROMPTS, concurrency=1)
     assert len(server.requests) == 1 and KEY not in str(error.value)
 
@@ -620,16 +623,16 @@ def test_sample_through_an_api(server, tmp_path):
 
     def behave(request, nth):
         if request.get("prompt") == "post 3 TL;DR:" and down["on"]:
-            return (503, ("Retry-After", "0"))
-        return ((429, ("Retry-After", "0")), "cut", sampled(request))[min(nth, 3) - 1]
+            return (503, ("Retry-After-Ms", "10"))
+        return ((429, ("Retry-After-Ms", "10")), "cut", sampled(request))[min(nth, 3) - 1]
 
     def run():
-        argv = ["sample", "--model", "m", "--data", data, "--api", server.url, "--out", tmp_path / "s.jsonl", "--retries", 3, "--n", 9]
+        argv = ["sample", "--model", "m", "--data", data, "--api", server.url, "--out", tmp_path / "s.jsonl", "--n", 9]
         return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, argv)], capture_output=True, text=True)
 
     server.reset(behave)
     first = run()
-    assert first.returncode == 1 and "2 of 14 requests failed" in first.stderr and "Traceback" not in first.stderr
+    assert first.returncode == 1 and "1 of 7 requests failed" in first.stderr and "Traceback" not in first.stderr
     kept = read_jsonl(tmp_path / "s.jsonl")
     assert sorted(row["index"] for row in kept) == [0, 1, 2, 4, 5, 6]
     down["on"], before = False, len(server.requests)
@@ -666,7 +669,7 @@ def test_verdicts_that_stand_twice(server, tmp_path, capsys):
 def test_two_judges_on_one_ledger(server, tmp_path):
     """The second is refused in one line that says who holds it, and pays for nothing."""
     server.reset(lambda request, nth: "hang")
-    argv = command(server, tmp_path, samples=samples(tmp_path / "s", 2), request_timeout=60)
+    argv = command(server, tmp_path, samples=samples(tmp_path / "s", 2))
     first = start(argv)
     wait_for(lambda: len(server.requests) == 2)
     second = start(argv)
