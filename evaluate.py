@@ -902,12 +902,13 @@ def ask_all(items, args):
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY: a key has plain letters only")
     client = openai.OpenAI(api_key=key, base_url=args.api, **PATIENCE)
+    redact = lambda words: words.replace(key, "[key]") if len(key) > 15 else words  # `x` or `EMPTY` is no secret
 
     def ask(request):
         answer = (client.chat.completions if "messages" in request else client.completions).create(**request)
         choice = answer.choices[0]
         text = choice.message.content if "messages" in request else choice.text
-        return dict(text=text or "", finish_reason=choice.finish_reason, model=answer.model,
+        return dict(text=redact(text or ""), finish_reason=choice.finish_reason, model=redact(answer.model or ""),
                     tokens=answer.usage.completion_tokens if answer.usage else None)
 
     unsent, running, failures, in_a_row = iter(tqdm(items, disable=None)), {}, [], 0
@@ -922,11 +923,11 @@ def ask_all(items, args):
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 what, in_a_row = running.pop(future), in_a_row + 1
                 try:
-                    yield what, json.loads(json.dumps(future.result()).replace(key, "[key]"))
+                    yield what, future.result()
                     in_a_row = 0
                 # The others: what a proxy's page or cut JSON leads to.
                 except (openai.APIError, json.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
-                    why = f"{type(error).__name__}: {' '.join(str(error).split())}".replace(key, "[key]")[:300]
+                    why = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
                     failures.append(why)
                     status = getattr(error, "status_code", 500)
                     if status < 500 and status not in (408, 409, 429):

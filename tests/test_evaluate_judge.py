@@ -655,6 +655,16 @@ def test_a_key_in_a_verdict_is_cut_out(server, tmp_path, capsys):
     no_key(tmp_path, *capsys.readouterr())
 
 
+@pytest.mark.parametrize("key", ["x", "EMPTY", "null"])
+def test_a_key_that_is_no_secret_changes_nothing(server, tmp_path, monkeypatch, key):
+    """What people set for a local server, which asks for none, stands in many texts."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    text = "Comparison: an example, not null, of EMPTY praise.\nMore helpful: A"
+    server.reset(lambda request, nth: text)
+    assert judge(server, tmp_path, samples=samples(tmp_path / "s", 3))["scored"] == 3
+    assert read_jsonl(tmp_path / "verdicts.jsonl")[0]["text"] == text
+
+
 def test_verdicts_that_stand_twice(server, tmp_path, capsys):
     """They were paid for twice: the first stays, and it is said."""
     samples(tmp_path / "s", 4)
