@@ -7,7 +7,8 @@
     python evaluate.py judge  --samples samples.jsonl --api URL --judge gpt-4o-mini --out verdicts.jsonl
     python evaluate.py bench  --suite mt_bench --model out/run/final --questions question.jsonl --out answers.jsonl
 
-`torchrun --nproc_per_node=4 evaluate.py sample ...` divides the prompts among ranks; so do label, golden and bench.
+`torchrun --nproc_per_node=4 -- evaluate.py sample ...` divides the prompts among ranks; so do label, golden and bench
+(without the `--` torchrun takes --n for an option of its own).
 Everything is JSON lines, and every command goes on where it was stopped. The protocol is Appendix C and D of the IS-DAA
 paper: win rate over all combinations of sampled completions (temperature 0.7, top-p 0.95) and reference responses, as
 the golden reward model sees them; KL(policy || ref) of completions sampled at temperature 1 from all tokens, the only

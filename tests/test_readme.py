@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -42,6 +43,17 @@ def test_commands_in_evaluates_docstring_parse():
     lines = [line for line in evaluate.__doc__.splitlines() if line.startswith("    python evaluate.py")]
     commands = [evaluate.parse_args(shlex.split(line.split("#")[0])[2:]).command for line in lines]
     assert sorted(commands) == ["bench", "golden", "judge", "label", "plot", "sample"]
+
+
+@pytest.mark.parametrize("script", ["train_sft", "train_rm", "train_pref", "evaluate"])
+def test_torchrun_leaves_our_flags_alone(script):
+    """It refuses a script's flag that begins several of its own options, unless `--` comes first, as evaluate.py's docstring has it."""
+    ahead = ["--"] if script == "evaluate" else []
+    flags = set(re.findall(r'"(--[a-z_]+)"', (ROOT / f"{script}.py").read_text()))
+    assert len(flags) > 20
+    for flag in flags:
+        args = get_args_parser().parse_args(["--nproc_per_node=2", *ahead, f"{script}.py", "sample", flag, "5"])
+        assert (args.training_script, args.training_script_args) == (f"{script}.py", ["sample", flag, "5"])
 
 
 def test_links_point_at_definitions():
