@@ -51,7 +51,8 @@ def study_rows(run, verdicts):
         of |= dict(truth_win_rate=truth["win_rate"], truth_win_rate_se=truth["win_rate_se"], truth=truth["reward"],
                    truth_se=truth["reward_se"])
         if since := steps[before : row["step"]]:
-            of |= dict(ess=statistics.mean(step["weights/ess"] for step in since) / args["batch_size"],
+            ess = [step["weights/ess"] or 0 for step in since]  # null: all weights of a step vanished
+            of |= dict(ess=statistics.mean(ess) / args["batch_size"],
                        weight=statistics.mean(step["weights/mean"] for step in since))
         before = row["step"]
         yield of
