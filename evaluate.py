@@ -1290,7 +1290,8 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(parser, args, positive, signed=()):
     """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
     for flag, value in vars(args).items():
-        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < 2**63
+        most = 2**63 if type(value) is int else math.inf
+        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
         if unfit or flag in positive and value == 0:
             parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
 
@@ -1611,11 +1612,10 @@ def deal(lengths, micro_batch_size, world):
     Longest first, neighbours together: little padding, and the ranks of a round work for about the same time. Every
     rank has the same number of rounds (collectives must match); a micro-batch may be empty when examples run out."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    n_rounds = math.ceil(len(order) / (micro_batch_size * world))
-    n_groups = n_rounds * world
+    n_groups = world * math.ceil(len(order) / (micro_batch_size * world))
     bounds = [len(order) * g // n_groups for g in range(n_groups + 1)]
     groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
-    return [groups[k * world : (k + 1) * world] for k in range(n_rounds)]
+    return [groups[k : k + world] for k in range(0, n_groups, world)]
 # --- end shared: batches ---
 
 

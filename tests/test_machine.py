@@ -73,6 +73,7 @@ def test_a_lock_dies_with_its_process(run_script, straight, model_dir, data, tmp
 
 
 # ------------------------------------------------------------------------------------------------ signals of a terminal
+@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="under nohup a hang-up is nothing, see below")
 def test_hangup_saves(run_script, straight, model_dir, data, tmp_path):
     """SIGHUP, of a terminal that is closed, is as good as SIGTERM."""
     cli, out = run_script("train_pref"), tmp_path / "run"
