@@ -20,7 +20,7 @@ LOG_EPS="0 0.5 2 4 inf"  # besides 1, which is is_dpo itself
 
 train() {  # seed, name, flags: a run of 128 steps with 6 checkpoints
     python train_pref.py --preset toy --model "$OUT/toy$1/sft" --data "$OUT/toy$1/pairs.jsonl.gz" --eval_data '' \
-        --seed "$1" --save_every 22 --out "$OUT/runs$1/$2" "${@:3}" > "$OUT/runs$1/$2.log"
+        --seed "$1" --save_every 22 --out "$OUT/runs$1/$2" "${@:3}" > "$OUT/$1-$2.log"
 }
 golden() {  # seed, runs
     python evaluate.py golden --preset toy --rm "$OUT/toy$1/rm" --ref "$OUT/toy$1/sft" \
