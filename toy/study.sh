@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The paper's controlled experiment on the toy task, whole: HOURS on 2 CPU cores. Stopped, it goes on where it was.
+# The paper's controlled experiment on the toy task, whole: three hours on 2 CPU cores. Stopped, it goes on where it was.
 #
 #     toy/study.sh [OUT=out/study] [JOBS=2]
 #
 # First the truth-labelled study (toy/study.py): ten seeds of 2 minutes for the toy and 40 s a run, 140 core minutes.
-# Then the golden-model-labelled one, GOLDEN: what happens when the judge is wrong.
+# Then the golden-model-labelled one, 100 minutes on 2 cores beside other work: what happens when the judge is wrong.
 #
 # There three seeds, each with its own posts, writers, reference policy, golden reward model, pairs and training
 # (toy/make.py --seed). The learning rate is found by a rule that looks at DPO alone: of LRS, the one at which DPO at
