@@ -132,7 +132,7 @@ def randomize(model, seed):
 
 def load_rows(script, source, *limits, held_out=False):
     """The pairs or examples that a trainer makes of `source`, and its report of them. limits: tokenizer, vocab_size,
-    max_length, max_prompt_length. Needs the fixture process_group."""
+    max_length, max_prompt_length."""
     kind = script.Example if hasattr(script, "Example") else script.Pair
     split = script.split_example if hasattr(script, "Example") else script.split_pair
     with tempfile.TemporaryDirectory() as directory:
@@ -142,9 +142,10 @@ def load_rows(script, source, *limits, held_out=False):
         return rows, script.open_safetensors(path).metadata()["report"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def process_group():
-    """The one-process group that a script makes for itself when it runs without torchrun; -> its device."""
+    """The one-process group that a script makes for itself when it runs without torchrun; -> its device. For all tests: in whatever
+    order they run, whoever needs it finds it."""
     import train_pref
 
     rank, world, device = train_pref.start(0, 60, 1)

@@ -15,8 +15,6 @@ import train_sft
 
 UserErrors = train_pref.UserError, train_sft.UserError
 
-pytestmark = pytest.mark.usefixtures("process_group")
-
 LIMITS = (259, 128, 64)  # vocab_size, max_length, max_prompt_length
 GOOD = b'{"prompt": "p", "chosen": "good", "rejected": "bad"}'
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -19,8 +19,6 @@ import train_sft
 from train_pref import Pair, UserError, deal, epoch_order, read_jsonl, read_rows
 from train_sft import Example, pack
 
-pytestmark = pytest.mark.usefixtures("process_group")
-
 BOS, EOS = 256, 257
 LIMITS = (259, 10**6, 10**5)  # vocab_size, max_length, max_prompt_length
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}" \

@@ -14,8 +14,6 @@ import train_pref
 import train_sft
 from train_pref import Pair, UserError, load_rows, split_pair
 
-pytestmark = pytest.mark.usefixtures("process_group")
-
 BOS, EOS = 256, 257
 HEADER = dict(model="a model", data="some data")
 

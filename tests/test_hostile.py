@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import train_pref as tp
 
-pytestmark = pytest.mark.usefixtures("process_group")
-
 ROW = '{"prompt": "p", "chosen": "good", "rejected": "bad"}\n'
 
 

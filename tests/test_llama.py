@@ -20,8 +20,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import train_pref
 from train_pref import Pair, UserError
 
-pytestmark = pytest.mark.usefixtures("process_group")
-
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 THETA = dict(rope_type="default", rope_theta=10000.0)
 # Each case changes tiny_llama's defaults: hidden 32, 4 heads of 8 on 2 key-value heads, untied.
