@@ -10,7 +10,7 @@
 #
 #     train_sft.py    the other posts' summaries, once                                       -> the reference policy
 #     train_rm.py     from it, pairs of tldr_pref (posts to 288 tokens) and HH (to 128)      -> the golden model
-#     evaluate.py     4 samples of the reference for 88 posts, the golden model's best and worst -> pairs
+#     evaluate.py     4 samples of the policy for 88 posts, the golden model's best and worst -> the pairs
 #     train_pref.py   dpo and is_dpo on these pairs, 3 checkpoints each
 #     evaluate.py     golden: on the held-out posts, beside the summaries that people wrote
 #
@@ -123,7 +123,8 @@ rows = [
     dict(pilot="one seed and 64 held-out posts: no difference between losses is shown by these rows", seed=0,
          device=f"cpu ({platform.machine()}, {os.cpu_count()} cores), one thread, other jobs beside it",
          precision="fp32", commit=sft_header["commit"], versions=sft_header["versions"], parts=parts),
-    dict(part="sft", examples=sft_header["examples"], steps=len(sft), first_loss=sft[0]["loss"], last_loss=sft[-1]["loss"]),
+    dict(part="sft", examples=sft_header["examples"], steps=len(sft), first_loss=sft[0]["loss"],
+         last_loss=sft[-1]["loss"]),
     dict(part="rm", pairs=rm_header["pairs"], steps=len(rm), held_out_pairs=n, held_out_accuracy=accuracy,
          held_out_accuracy_se=(accuracy * (1 - accuracy) / n) ** 0.5, held_out_ece=rm[-1]["eval_ece"],
          last_10_steps_accuracy=statistics.mean(step["rewards/accuracies"] for step in rm[-10:])),
