@@ -294,8 +294,8 @@ def device_of(model):
 
 # -------------------------------------------------------------------------------------------------------- the flags
 HERE = Path(__file__).resolve().parent
-TOY = dict(model=f"{HERE}/toy/sft", ref=f"{HERE}/toy/sft", rm=f"{HERE}/toy/rm", data=f"{HERE}/toy/pairs_eval.jsonl.gz",
-           n=256, max_new_tokens=64, max_length=160, max_prompt_length=96, threads=1)
+TOY = dict(model=f"{HERE}/toy/sft", ref=f"{HERE}/toy/sft", rm=f"{HERE}/toy/rm", n=256, max_new_tokens=64, threads=1,
+           data=f"{HERE}/toy/truth_pairs_eval.jsonl.gz", max_length=160, max_prompt_length=96)
 PAPER = dict(n=512, max_new_tokens=128, max_length=640, max_prompt_length=512, threads=0)  # Appendix C and D
 PRESETS = {"toy": TOY, "paper": PAPER}
 # Hub datasets that a name stands for: id, train split, held-out split, columns.

@@ -209,9 +209,9 @@ HERE = Path(__file__).resolve().parent
 PAPER = dict(model="out/sft-tldr+hh/final", max_length=640, max_prompt_length=512, batch_size=64, micro_batch_size=4,
              lr=1e-6, warmup_steps=100, beta=0.05, save_every=200, eval_every=200, keep_state=1)  # Appendix C
 PRESETS = {
-    "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/pairs.jsonl.gz", eval_data=f"{HERE}/toy/pairs_eval.jsonl.gz",
-                epochs=2, max_length=128, max_prompt_length=96, batch_size=32, micro_batch_size=8, lr=2e-4,
-                warmup_steps=30, beta=0.01, save_every=32, eval_every=32, threads=1),
+    "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/truth_pairs.jsonl.gz", epochs=2, max_length=128,
+                eval_data=f"{HERE}/toy/truth_pairs_eval.jsonl.gz", max_prompt_length=96, batch_size=32, lr=2e-4,
+                micro_batch_size=8, warmup_steps=30, beta=0.01, save_every=32, eval_every=32, threads=1),
     "paper": dict(PAPER, eval_data="", epochs=1),
     "tldr": dict(PAPER, data="tldr", eval_data="tldr", epochs=2),
     "hh": dict(PAPER, data="hh", eval_data="hh", epochs=1, checkpoint_activations=True),

@@ -25,7 +25,8 @@ What is made, in the order of the paper's experiment (one JSON object a line in 
                             of sft/ for each of 2,048 prompts, labelled by rm/ (`evaluate.py label`)
     pairs_eval.jsonl.gz     256 more
     truth_pairs.jsonl.gz    {prompt, chosen, rejected, chosen_truth, rejected_truth}: two samples of sft/ for each of 2,048
-                            more prompts, labelled by the truth itself, without noise; ties are left out
+                            more prompts, labelled by the truth itself, without noise; ties are left out. What
+                            `train_pref.py` trains on by default, as the paper takes its golden model for the truth
     truth_pairs_eval.jsonl.gz  256 more
 
 In rm_pairs the chosen one is drawn from the Bradley-Terry model of the two truths, as people's labels are noisy: a truth that is

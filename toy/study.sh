@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's controlled experiment on the toy task, whole: three hours on 2 CPU cores. Stopped, it goes on where it was.
+# The paper's controlled experiment on the toy task, whole: three hours on 2 CPU cores. Stopped, it goes on.
 #
 #     toy/study.sh [OUT=out/study] [JOBS=2]
 #
