@@ -546,7 +546,7 @@ def held_rows(path, fields, key):
         rows.setdefault(itemgetter(*key)(row), row)
     if len(rows) < len(lines):
         say(f"{path}: {len(lines) - len(rows)} rows stood there twice: the first of each is kept")
-    if text:
+    if text and (len(rows) < len(lines) or not text.endswith(b"\n")):
         write_lines(path, rows.values())
     return rows
 
