@@ -19,28 +19,18 @@ completions a prompt. A response ends with its stop: the token, EOS or what the 
 policy said; samples keep it apart from the text (`stops`; null: cut at --max_new_tokens), and no judge sees it.
 """
 
-import argparse
-import ctypes
-import fcntl
-import gzip
 import hashlib
-import importlib
 import itertools
 import json
 import math
 import os
 import random
 import re
-import shutil
-import signal
-import socket
 import sys
 import time
-import zlib
 from array import array
 from collections import namedtuple
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from datetime import date, timedelta
 from operator import itemgetter
 from pathlib import Path
 
@@ -49,13 +39,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+from plumbing.checkpoint import find_model, fingerprint, load_weights
+from plumbing.data import (SkipRow, apply_template, count, counted, cut_prompt, encode, encode_after, load_tokenizer,
+                           read_jsonl, read_rows, render_chat, stop_ids, template_stop)
+from plumbing.process import UserError, file_sha256, guard, lock, on_rank_0, read_json, say, start, write_aside
+from plumbing.run import Parser, check_ranges
 
 
 # --------------------------------------------------------------------------------------------------- the estimators
@@ -1268,171 +1260,6 @@ def main():
 
 
 # ================================================================================= Shared by the scripts: read it once
-# --- shared: run (train_sft, train_rm, train_pref, evaluate) ---
-class UserError(ValueError):
-    """A mistake its user can mend: said once, in one line, without a traceback. Exit code 1, a wrong flag's 2."""
-
-    code = 1
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is said by one rank, once."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**dict(usage="python %(prog)s [flags]", allow_abbrev=False) | kwargs)
-
-    def error(self, message):
-        wrong = UserError(f"{message} (--help lists the flags)")
-        wrong.code = 2
-        raise wrong
-
-
-def check_ranges(parser, args, positive, signed=()):
-    """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
-    for flag, value in vars(args).items():
-        most = 2**63 if type(value) is int else math.inf
-        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
-        if unfit or flag in positive and value == 0:
-            parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
-
-
-def say(line):
-    """Print on rank 0, above the progress bar. A screen that is gone (| head, a closed terminal) stops nothing."""
-    try:
-        if int(os.environ.get("RANK", 0)) == 0:
-            tqdm.write(line)
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def guard(main):
-    """Run main and turn a user's mistake into one line. Ranks above 0 let rank 0 speak first: torchrun ends them when
-    it exits; if rank 0 saw nothing wrong, they speak for themselves."""
-    code = None
-    try:
-        code = main()  # returns, and does not raise, its code: what a traceback keeps alive hangs at exit, now and then
-    except (UserError, OSError, SafetensorError) as error:
-        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        get_error_handler().record_exception(error)  # torchrun's last lines repeat it
-        os._exit(getattr(error, "code", 1))  # no clean-up that would wait for other ranks
-    except KeyboardInterrupt:  # before training there is nothing to save
-        os._exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
-
-
-def start(seed, timeout, threads):
-    """Join the process group -> rank, world, device. Without torchrun it is a group of one."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # PR_SET_PDEATHSIG: a worker whose torchrun was killed must not train on
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    torch.set_num_threads(threads or torch.get_num_threads())
-    torch.manual_seed(seed)
-    # cuDNN's attention can give NaN gradients under a mask (pytorch issue 196678) and plans anew for every shape.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank}, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **alone)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def on_rank_0(function):
-    """Run it on rank 0 and give its result, or what it says is wrong, to every rank."""
-    box = [None]
-    if dist.get_rank() == 0:
-        try:
-            box = [function()]
-        except (UserError, OSError, SafetensorError) as error:
-            box = [UserError(str(error))]
-    dist.broadcast_object_list(box)
-    if isinstance(box[0], UserError):
-        raise box[0]
-    return box[0]
-
-
-HELD = {}  # files whose locks last as long as the process, however it ends
-
-
-def lock(path):
-    """Keep other processes from writing `path`, a file or a directory. Raises UserError saying who does already."""
-    if path in HELD:
-        return
-    file = open(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(f"{path} is being written by {file.read()}: wait for it, or choose another --out") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    HELD[path] = file
-# --- end shared: run ---
-
-
-# --- shared: data (train_sft, train_rm, train_pref, evaluate) ---
-class SkipRow(Exception):
-    """This data row cannot be used; the message is the kind it is counted under."""
-
-
-def count(kinds, kind, where):
-    """One more of a kind; the place of the first is kept."""
-    kinds.setdefault(str(kind), [0, where])[0] += 1
-
-
-def counted(kinds):
-    return ", ".join(f"{n} {kind} (first {where})" for kind, (n, where) in kinds.items()) or "none"
-
-
-def read_rows(source, held_out, recipes):
-    """Yield (where, row) of JSON, .csv or .parquet files, recipes' names, Hub ids or directories; `a+b` pools."""
-    for part in [source] if Path(source).exists() else source.split("+"):
-        if part.endswith((".jsonl", ".json", ".gz")):
-            yield from read_jsonl(Path(part))
-            continue
-        name, train, test, columns = recipes.get(part, (part, "train", "test", None))
-        kind = Path(part).suffix.removeprefix(".")
-        try:
-            load_dataset = importlib.import_module("datasets").load_dataset
-            if kind in ("csv", "parquet"):
-                rows = load_dataset(kind, data_files=part, split="train")
-            else:
-                rows = load_dataset(name, split=test if held_out else train)
-            rows = rows.select_columns(list(columns)) if columns else rows
-        except Exception as error:  # not installed, not there: `datasets` has classes of its own
-            raise UserError(f"{part}: no JSON file or recipe ({', '.join(recipes)}), and `datasets` (pip install"
-                            f" datasets) cannot read it: {error}") from None
-        yield from ((f"{part}[{number}]", row) for number, row in enumerate(rows))
-
-
-def read_jsonl(path):
-    """Yield ("file:line", object) of a file of JSON lines or of one JSON array. Lines end at line feeds only: U+2028
-    may stand inside a string. By hand, not by `datasets`: it names no line, and refuses a file for one row."""
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            first = file.readline().strip()
-            file.seek(0)
-            for number, line in enumerate([file.read()] if first[:1] == b"[" and first[-1:] != b"]" else file, 1):
-                if line.strip():
-                    rows = json.loads(line)
-                    is_array = isinstance(rows, list) and any(isinstance(row, dict) for row in rows)
-                    for row in rows if is_array else [rows]:
-                        yield f"{path}:{number}", row if isinstance(row, dict) else {}
-    except (ValueError, RecursionError) as error:  # json.JSONDecodeError, UnicodeDecodeError
-        raise UserError(f"{path}:{number}: not JSON: {error}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: broken after line {number}: {error}") from None
-# --- end shared: data ---
-
-
 # --- shared: demonstration (train_sft, evaluate) ---
 def split_demonstration(row):
     """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text};
@@ -1458,130 +1285,6 @@ def split_demonstration(row):
             raise SkipRow("empty completion")
     return prompt, completion
 # --- end shared: demonstration ---
-
-
-# --- shared: tokenizer (train_sft, train_rm, train_pref, evaluate) ---
-TODAY = date(2024, 7, 26)  # for templates that write it (Llama 3.2's own default): a run is the same on any day
-
-
-def load_tokenizer(directory):
-    """The tokenizer of a model directory: AutoTokenizer, or for a directory with nothing but Meta's tokenizer.model
-    (tiktoken's format) the same ids through transformers' converter, whose split pattern is Llama 3's."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-             "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
-             "image", *(f"reserved_special_token_{k}" for k in range(2, 246))]  # 256 in all
-    bos, eos, *_ = special = [f"<|{name}|>" for name in names]
-    meta = directory / "tokenizer.model"
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # its cache goes by path: it would miss that another file stands there now
-    try:
-        if meta.exists() and not list(directory.glob("tokenizer*.json")):
-            backend = TikTokenConverter(str(meta), extra_special_tokens=special).converted()
-            bos_id = backend.token_to_id(bos)
-            backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a broken file leads to; `tokenizers` itself raises no other class
-        raise UserError(f"{directory}: no tokenizer that transformers can load (a SentencePiece model needs its"
-                        f" tokenizer.json): {error}") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{directory}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
-    return tokenizer
-
-
-def encode(tokenizer, texts, vocab_size):
-    """Texts -> lists of ids, without BOS and EOS. Special tokens written in the text are parsed, as everywhere in
-    transformers: prompts come already rendered. Raises UserError for an id that the model does not have."""
-    ids = tokenizer([*texts, ""], add_special_tokens=False, verbose=False)["input_ids"][: len(texts)]
-    largest = max(tokenizer.eos_token_id, tokenizer.bos_token_id or 0, *map(max, filter(None, ids)), 0)
-    if largest >= vocab_size:
-        raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs"
-                        " to another model")
-    return ids
-
-
-def encode_after(tokenizer, befores, texts, vocab_size):
-    """Ids that texts have after what stands before them: SentencePiece begins a text on its own with a space. Where the
-    two merge across their border: after a line break; where that merges too, on its own."""
-    befores = [before[-64:] for before in befores]  # its last words decide, at a fraction of a long prompt's cost
-    heads = encode(tokenizer, befores, vocab_size)
-    found = encode(tokenizer, [before + text for before, text in zip(befores, texts)], vocab_size)
-    for k, (head, ids) in enumerate(zip(heads, found)):
-        for before in ("\n", ""):
-            if ids[: len(head)] != head:
-                head, ids = encode(tokenizer, [before, before + texts[k]], vocab_size)
-        found[k] = ids[len(head) :]
-    return found
-
-
-def stop_ids(tokenizer):
-    """The ids that may end a response: special tokens that neither begin a text nor stand for padding or unknowns."""
-    special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special - {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} | {tokenizer.eos_token_id}
-
-
-def cut_prompt(ids, tokenizer, limit):
-    """One BOS, if the tokenizer has one, then the prompt's end, at most `limit` ids -> ids, how many were cut."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = ids[1:] if bos and ids[:1] == bos else ids  # a chat template may have written it
-    excess = max(0, len(bos) + len(ids) - limit)
-    return bos + ids[excess:], excess
-
-
-def end_response(ids, tokenizer, stops):
-    """A response ends with the stop that the template or the sampler put there; EOS where there is none."""
-    ids = ids if ids and ids[-1] in stops else ids + [tokenizer.eos_token_id]
-    if len(ids) == 1:
-        raise SkipRow("empty response")
-    return ids
-
-
-def apply_template(tokenizer, messages, tools, **kwargs):
-    """Messages as the text that the chat template gives. Raises SkipRow; UserError if there is no template."""
-    if tokenizer.chat_template is None:
-        raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's"
-                        " tokenizer, or data with text prompts")
-    try:
-        kwargs["tools"] = (json.loads(tools or "null") if isinstance(tools, str) else tools) or None
-        template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: repr(TODAY.strftime(call[2])),
-                          tokenizer.get_chat_template(tools=kwargs["tools"]))
-        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
-    except Exception as error:  # a template is a program: it may raise anything
-        raise SkipRow(f"refused by the chat template ({' '.join(str(error).split())[:80]})") from None
-
-
-def render_chat(tokenizer, prompt, response, tools=None):
-    """Lists of {role, content} -> prompt text, response text by the tokenizer's chat template, up to the stop that
-    ends the turn. Raises SkipRow; UserError if there is no template."""
-    messages = prompt + response
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages) or not all(
-            isinstance(m.get("content"), str) or m.get("tool_calls") for m in messages):
-        raise SkipRow("wrong types")
-    if not prompt or not response or response[0]["role"] != "assistant":
-        raise SkipRow("prompt mismatch")
-    if not any((m.get("content") or "").strip() or m.get("tool_calls") for m in response):
-        raise SkipRow("empty response")
-    prompt_text = apply_template(tokenizer, prompt, tools, add_generation_prompt=True)
-    text = apply_template(tokenizer, messages, tools)
-    if not text.startswith(prompt_text):
-        raise SkipRow("chat template does not continue the prompt")
-    stops = tuple(tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer))))
-    text = text[len(prompt_text) :]
-    return prompt_text, text.rstrip() if text.rstrip().endswith(stops) else text
-
-
-def template_stop(tokenizer):
-    """The id that ends an assistant's turn in the chat template; EOS where there is no template or it writes none."""
-    try:
-        _, text = render_chat(tokenizer, [dict(role="user", content="a")], [dict(role="assistant", content="b")])
-    except (SkipRow, UserError):
-        return tokenizer.eos_token_id
-    return end_response(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer, stop_ids(tokenizer))[-1]
-# --- end shared: tokenizer ---
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
@@ -1804,141 +1507,6 @@ class RewardModel(nn.Module):
         hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
         return self.score(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 # --- end shared: reward ---
-
-
-# --- shared: load (train_sft, train_rm, train_pref, evaluate) ---
-def find_model(name):
-    """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles."""
-    path = Path(name).parent if Path(name).name == "config.json" else Path(name)
-    if path.is_dir():
-        return path
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no such model directory, and not on the Hub: {error}") from None
-
-
-def read_json(path):
-    """The object in a JSON file. Raises UserError where there is none."""
-    try:
-        return {**json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: no JSON object that can be read: {error}") from None
-
-
-def open_safetensors(path):
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: no whole safetensors file (pickled weights are never read): {error}") from None
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_sha256s(directory, *patterns):
-    """{name in the directory: sha256} but for the manifest; in threads, as hashing lets go of Python's lock."""
-    paths = sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
-    with ThreadPoolExecutor() as pool:
-        digests = zip(paths, pool.map(file_sha256, paths))
-        return {str(path.relative_to(directory)): digest for path, digest in digests if path.name != "manifest.json"}
-
-
-def fingerprint(directory):
-    """Of a model directory: its weights, config and tokenizer."""
-    digests = file_sha256s(directory, "*.safetensors", "*.json", "*.jinja", "*.model")
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
-
-
-def verify(directory, ours=False):
-    """Check a checkpoint of ours against its manifest; with neither that nor trainer/ it may be somebody else's.
-    UserError names the first of weights and trainer/ that is not what was written; an edited text is warned of."""
-    state = (directory / "trainer").exists()  # older checkpoints may have let go of it, see --keep_state
-    if not ours and not state and not (directory / "manifest.json").exists():
-        return
-    written, found = read_json(directory / "manifest.json"), file_sha256s(directory, "**/*")
-    for name in sorted(written.keys() | found.keys()):
-        expected = name in written and (state or not name.startswith("trainer/"))
-        strict = name.endswith(".safetensors") or name.startswith("trainer/")
-        if written.get(name) != found.get(name) and (expected or strict and name in found):
-            if strict or name not in found:
-                raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
-                                f" {directory} and go on from the checkpoint before")
-            say(f"warning: {directory / name} was edited; it is used as it is")
-
-
-def share_like(param, tensor):
-    """A whole tensor -> this rank's share of it, laid out like `param`."""
-    tensor = tensor.to(param.device, param.dtype)
-    if isinstance(param, DTensor):
-        return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
-    return tensor
-
-
-def open_weights(directory):
-    """-> {tensor name: the open file that holds it}, of model.safetensors or of the files that its index names."""
-    index = directory / "model.safetensors.index.json"
-    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
-    names = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
-    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-        raise UserError(f"{index}: no weight_map to safetensors files beside it")
-    files = [open_safetensors(directory / name) for name in sorted(names)]
-    return {tensor: file for file in files for tensor in file.keys()}
-
-
-@torch.no_grad()
-def load_weights(model, directory, new=(), drop=()):
-    """Fill every parameter from the directory's safetensors, one or sharded; all ranks call it. Strict: UserError names
-    a missing, extra or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop`
-    unread. Returns the model."""
-    on_rank_0(lambda: verify(directory))
-    master = directory / "trainer" / "weights"  # float32, where the model itself was saved in bf16
-    files = open_weights(master if master.exists() else directory)
-    params = {name: param for name, param in model.named_parameters() if name not in new}
-    # Left out: rotary tables, which old exports hold and the config determines; the second copy of a tied head.
-    extra = {name for name in files.keys() - params.keys() - {*drop} if not name.endswith("rotary_emb.inv_freq")}
-    if extra == {"lm_head.weight"} and "model.embed_tokens.weight" in files:
-        head, embedding = (files[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        extra = set() if torch.equal(head, embedding) else extra
-    missing = params.keys() - files.keys()
-    if missing or extra:
-        raise UserError(f"{directory}: the weights do not fit config.json: missing {sorted(missing)[:4]}, extra"
-                        f" {sorted(extra)[:4]} ({len(missing)} and {len(extra)} in all)")
-    for name, param in params.items():
-        tensor = files[name].get_tensor(name)
-        if tensor.shape != param.shape or tensor.dtype.itemsize < 2 or not tensor.dtype.is_floating_point:
-            raise UserError(f"{directory}: {name} is {tensor.dtype} {list(tensor.shape)}; config.json says"
-                            f" {list(param.shape)}, and quantized weights are not read")
-        param.copy_(share_like(param, tensor))
-    return model
-
-
-def settle(path):
-    """Permissions from the umask (safetensors writes 0600), and fsync."""
-    if path.is_file():
-        umask = os.umask(0)
-        os.umask(umask)
-        path.chmod(0o666 & ~umask)
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_aside(path, write):
-    """write(temporary path), settle, rename: `path`, a file or directory, is whole or as it was. Raises UserError."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        write(aside)
-        for written in (*aside.rglob("*"), aside):
-            settle(written)
-        os.replace(aside, path)
-        settle(path.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None
-# --- end shared: load ---
 
 
 if __name__ == "__main__":

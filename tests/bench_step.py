@@ -45,6 +45,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import train_pref as tp
 from kernels import logprob
 from kernels.bench import Peak, environment, matmul_flops
+from plumbing.data import read_rows, token_rows
 
 SHAPES = {  # Llama-3.2's; toy is for the tests
     "toy": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -240,8 +241,8 @@ def main():
         else:
             tokenizer = tp.load_tokenizer(tp.find_model(str(args.model)))
             limits = model.config.vocab_size, args.max_length, args.max_prompt_length
-            rows = enumerate(tp.read_rows(str(args.data), False, tp.RECIPES))
-            rows = tp.token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, *limits)
+            rows = enumerate(read_rows(str(args.data), False, tp.RECIPES))
+            rows = token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, *limits)
             pairs = [tp.Pair(*ids) for _, ids in rows]
             pairs = [pairs[i] for i in tp.epoch_order(len(pairs), 0, 0)[: args.pairs]]
         ours = Ours(args, Path(directory), model, ref, pairs, device)

@@ -133,13 +133,15 @@ def randomize(model, seed):
 def load_rows(script, source, *limits, held_out=False):
     """The pairs or examples that a trainer makes of `source`, and its report of them. limits: tokenizer, vocab_size,
     max_length, max_prompt_length."""
+    from plumbing.process import open_safetensors
+
     kind = script.Example if hasattr(script, "Example") else script.Pair
     split = script.split_example if hasattr(script, "Example") else script.split_pair
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "data.safetensors"
         header = dict(model="m", data="d")
         rows = script.load_rows(path, header, kind, split, str(source), held_out, script.RECIPES, *limits)
-        return rows, script.open_safetensors(path).metadata()["report"]
+        return rows, open_safetensors(path).metadata()["report"]
 
 
 @pytest.fixture(scope="session", autouse=True)

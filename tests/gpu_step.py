@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig
 
 import train_pref as tp
+from plumbing.process import peak_memory_gb
 
 SHAPES = {
     "tiny": dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8),
@@ -75,7 +76,7 @@ def steps(options, rank, world, device):
         rates.append(sum(needed_flops(policy, c, pair) for pair in pairs) / world / seconds[-1] / 1e12)
     middle = lambda values: sorted(values[1:] or values)[len(values[1:] or values) // 2]
     times = dict(ms=1e3 * middle(seconds), first_ms=1e3 * seconds[0], tflops=middle(rates))
-    return times | dict(peak_gb=tp.peak_memory_gb(), norm=norm, applied=applied)
+    return times | dict(peak_gb=peak_memory_gb(), norm=norm, applied=applied)
 
 
 def attention(device):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import train_pref
 import train_sft
+from plumbing.data import read_jsonl
 
 UserErrors = train_pref.UserError, train_sft.UserError
 
@@ -229,6 +230,6 @@ def test_no_line_is_lost(lines, folder):
     path.write_bytes(b"\n".join(lines))
     expected = [number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     try:
-        assert [where for where, _ in train_pref.read_jsonl(path)] == [f"{path}:{number}" for number in expected]
+        assert [where for where, _ in read_jsonl(path)] == [f"{path}:{number}" for number in expected]
     except UserErrors as error:
         assert re.match(rf"{re.escape(str(path))}:\d+: ", str(error))

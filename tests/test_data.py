@@ -16,7 +16,8 @@ from conftest import byte_tokenizer, load_rows
 
 import train_pref
 import train_sft
-from train_pref import Pair, UserError, deal, epoch_order, read_jsonl, read_rows
+from plumbing.data import read_jsonl, read_rows
+from train_pref import Pair, UserError, deal, epoch_order
 from train_sft import Example, pack
 
 BOS, EOS = 256, 257

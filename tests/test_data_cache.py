@@ -10,6 +10,7 @@ from conftest import byte_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import plumbing.data
 import train_pref
 import train_sft
 from train_pref import Pair, UserError, load_rows, split_pair
@@ -89,7 +90,7 @@ def forbidden(*args, **kwargs):
 def test_a_second_start_does_not_touch_the_text(byte, data, tmp_path, capsys, monkeypatch):
     first, said = listed(load(tmp_path, data[0], byte)), capsys.readouterr().out
     monkeypatch.setattr(type(byte), "__call__", forbidden)
-    monkeypatch.setattr(train_pref, "read_rows", forbidden)
+    monkeypatch.setattr("plumbing.data.read_rows", forbidden)
     monkeypatch.setattr(train_pref, "split_pair", forbidden)
     before = (tmp_path / "data.safetensors").stat()
     assert listed(load(tmp_path, data[0], byte)) == first
@@ -178,7 +179,7 @@ def model(tiny_llama, tmp_path_factory):
 def no_tokenizing(model):
     """In a trainer's process: its texts must not be looked at."""
     for script in (train_pref, train_sft):
-        script.token_rows = script.read_rows = forbidden
+        plumbing.data.token_rows = plumbing.data.read_rows = forbidden
 
 
 def arguments(model, data, out):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import train_pref
 import train_rm
 import train_sft
+from plumbing.checkpoint import checkpoints, verify
 from runs import finish, full_disk, kill_at_event, launch, obey_permissions, spoil
 
 ROOT = Path(train_pref.__file__).resolve().parent
@@ -63,7 +64,7 @@ def assert_same_run(a, b):
 
 
 def verified(checkpoint):
-    train_pref.verify(checkpoint)
+    verify(checkpoint)
     return checkpoint
 
 
@@ -122,7 +123,7 @@ def test_killed_at_20_moments(run_script, model_dir, data, tmp_path):
         (process, _), = cli.start(*argv(out), action=partial(kill_at_event, n=rng.randint(20, 160), directory=out))
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
-        steps = [int(path.name[5:]) for path in map(verified, train_pref.checkpoints(out))]
+        steps = [int(path.name[5:]) for path in map(verified, checkpoints(out))]
         assert len(steps) == len(list(out.glob("step_*"))) and max(steps, default=0) >= newest
         newest = max(steps, default=0)
         left_behind |= {path.name.split(".")[-1] for path in out.glob(".step_*")}
@@ -135,7 +136,7 @@ def test_killed_at_20_moments(run_script, model_dir, data, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- disk, output
 def intact_and_resumes(cli, argv, out, step, expected):
     """The checkpoint of `step` is the newest and whole, nothing is half there, and the run goes on to the same end."""
-    assert verified(train_pref.checkpoints(out)[-1]).name == f"step_{step:06d}"
+    assert verified(checkpoints(out)[-1]).name == f"step_{step:06d}"
     assert not (out / f".step_{step + 1:06d}.tmp").exists()
     cli(*argv).ok()
     assert_same_run(expected, out)
@@ -203,7 +204,7 @@ def test_flipped_bits_and_cut_files(straight, tmp_path, script, name, capsys):
     module = MODULES[script]
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json")
     contents = {path: path.read_bytes() for path in paths}
-    module.verify(directory)
+    verify(directory)
     assert not capsys.readouterr().out
     seen = set()
     for k in range(200 + 4 * len(paths)):
@@ -221,21 +222,21 @@ def test_flipped_bits_and_cut_files(straight, tmp_path, script, name, capsys):
         seen.add(strict)
         if strict or gone:
             with pytest.raises(module.UserError) as caught:
-                module.verify(directory)
+                verify(directory)
             assert str(path) in str(caught.value)
         else:
-            module.verify(directory)
+            verify(directory)
             assert capsys.readouterr().out == f"warning: {path} was edited; it is used as it is\n"
         path.write_bytes(contents[path])
-    module.verify(directory)
+    verify(directory)
     assert seen == {True, False} and not capsys.readouterr().out
     (directory / "other.safetensors").write_bytes(contents[directory / "model.safetensors"])  # weights from elsewhere
     with pytest.raises(module.UserError, match="other.safetensors"):
-        module.verify(directory)
+        verify(directory)
     (directory / "other.safetensors").unlink()
     (directory / "manifest.json").write_text("{")
     with pytest.raises(module.UserError, match="manifest.json"):
-        module.verify(directory)
+        verify(directory)
 
 
 # ------------------------------------------------------------------------------------------------------------------- NaN
@@ -304,7 +305,7 @@ def test_the_second_signal_exits_at_once(run_script, model_dir, data, tmp_path, 
     os.kill(process.pid, signum)
     process.join(5)
     assert process.exitcode == 128 + signum
-    assert [path.name for path in train_pref.checkpoints(tmp_path / "run")] == ["step_000001"]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_000001"]
 
 
 class Torchrun:
@@ -352,7 +353,7 @@ def test_signals_under_torchrun(torchrun, tmp_path, signum, to, how):
     run = torchrun(*how)
     os.kill(run.process.pid if to == "torchrun" else run.workers[1], signum)
     assert run.wait(25) != 0
-    last = train_pref.checkpoints(tmp_path / "run")[-1]
+    last = checkpoints(tmp_path / "run")[-1]
     assert int(verified(last).name[5:]) == metrics_of(tmp_path / "run")[-1]["step"]
 
 
@@ -362,8 +363,8 @@ def test_a_rank_dies_or_hangs(torchrun, tmp_path, fault):
     run = torchrun(timeout=4)
     os.kill(run.workers[1], fault)
     assert run.wait(4 + 30 + 8) != 0  # the rest is torchrun's own end
-    train_pref.verify(train_pref.checkpoints(tmp_path / "run")[-1])
-    assert int(train_pref.checkpoints(tmp_path / "run")[-1].name[5:]) >= metrics_of(tmp_path / "run")[-1]["step"] - 1
+    verify(checkpoints(tmp_path / "run")[-1])
+    assert int(checkpoints(tmp_path / "run")[-1].name[5:]) >= metrics_of(tmp_path / "run")[-1]["step"] - 1
 
 
 # ------------------------------------------------------------------------------------------------------------ wrong flags

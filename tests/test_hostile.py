@@ -50,7 +50,7 @@ def copy(tmp_path):
 
 def load(directory):
     """What a trainer does with --model before it trains."""
-    tp.model_files(directory, tp.load_tokenizer(directory))
+    tp.model_files(directory, tokenizer := tp.load_tokenizer(directory), tp.template_stop(tokenizer))
     return tp.load_weights(tp.build(lambda: tp.Llama(tp.read_config(directory), "torch"), "cpu", "fp32"), directory)
 
 

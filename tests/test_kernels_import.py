@@ -1,4 +1,5 @@
-"""The folder kernels/ is found where a package `kernels` from PyPI (an extra of transformers and TRL) is installed."""
+"""The folders kernels/ and plumbing/ are found where packages of their names from PyPI (there are both; `kernels` is an extra of
+transformers and TRL) are installed."""
 
 import os
 import subprocess
@@ -16,8 +17,9 @@ NAMED = "import kernels.logprob; print(kernels.logprob.__file__)"
 def test_our_folder_comes_first(tmp_path, argv, ours_too):
     """As a script and in python -c, with theirs on PYTHONPATH, which comes after the folder of the script; alone or
     after ours."""
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
+    for name in ("kernels", "plumbing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("theirs = True\n")
     path = [str(ROOT)] * ours_too + [str(tmp_path)]
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
                           capture_output=True, text=True, timeout=120)

@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import plumbing.checkpoint
 import train_pref
+from plumbing.checkpoint import verify
+from plumbing.data import encode
 from train_pref import Pair, UserError
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -225,7 +228,7 @@ def test_smollm2_shared_prompt(smollm):
     texts = ["SUBREDDIT: r/dogs\n\nTITLE: My dog ate 2 pounds of chocolate\n\nPOST: What should I do now?\n\nTL;DR:",
              " Dog ate chocolate, what now?",
              " I have a dog and it ate a lot of chocolate, so I am asking the people of this place for advice."]
-    prompt, chosen, rejected = (ids + eos for ids in train_pref.encode(tokenizer, texts, 49152))
+    prompt, chosen, rejected = (ids + eos for ids in encode(tokenizer, texts, 49152))
     pair = Pair(prompt[:-1], chosen, rejected)
     logps, token_logps = ours(smollm)(**train_pref.collate_pairs([pair], True, torch.device("cpu")))
     expected = [response_logps(theirs(smollm), pair.prompt, response) for response in (pair.chosen, pair.rejected)]
@@ -381,7 +384,7 @@ def test_precisions_on_gpu(tiny_llama, tmp_path, process_group):
 def save(directory, source, model=None):
     """What a trainer does at its end."""
     tokenizer = train_pref.load_tokenizer(source)
-    files = train_pref.model_files(source, tokenizer)
+    files = train_pref.model_files(source, tokenizer, train_pref.template_stop(tokenizer))
     train_pref.save_checkpoint(directory, model or ours(source), tokenizer, files, "fp32")
     return directory
 
@@ -448,8 +451,8 @@ def test_sharded_safetensors(case, tiny_llama, tmp_path, monkeypatch):
     assert len(list(sharded.glob("*.safetensors"))) > 2 and not (sharded / "model.safetensors").exists()
     assert torch.equal(logits(ours(sharded), ids), logits(before, ids))
 
-    save_torch_state_dict = train_pref.save_torch_state_dict
-    monkeypatch.setattr(train_pref, "save_torch_state_dict",
+    save_torch_state_dict = plumbing.checkpoint.save_torch_state_dict
+    monkeypatch.setattr(plumbing.checkpoint, "save_torch_state_dict",
                         lambda tensors, folder, max_shard_size: save_torch_state_dict(tensors, folder, max_shard_size="20KB"))
     out = save(tmp_path / "final", sharded)
     assert len(list(out.glob("*.safetensors"))) > 2
@@ -585,7 +588,7 @@ def test_damaged_checkpoint(tiny_llama, tmp_path, capsys):
     """One flipped bit in the weights of a checkpoint of ours, or any file gone, is refused by name before anything is used;
     a text that somebody edited is named, and used."""
     out = save(tmp_path / "step_000001", tiny_llama(tmp_path / "m"))
-    train_pref.verify(out)
+    verify(out)
     names = {path.name for path in out.iterdir()} - {"manifest.json"}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     for path in (out / name for name in names):
@@ -601,7 +604,7 @@ def test_damaged_checkpoint(tiny_llama, tmp_path, capsys):
             assert f"warning: {path} was edited" in capsys.readouterr().out
         path.unlink()
         with pytest.raises(UserError, match=path.name):
-            train_pref.verify(out)
+            verify(out)
         path.write_bytes(good)
     (out / "extra.safetensors").write_bytes((out / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="extra.safetensors"):

@@ -4,6 +4,7 @@ The numpy oracles below are written from the papers' formulas, in float64. They 
 code under test, so what is compared is the arithmetic on them.
 """
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import train_pref as tp
+from plumbing.data import read_rows, token_rows
 
 LOG_2 = math.log(2)
 
@@ -303,10 +305,10 @@ def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt, process_group
     trl.backward()
     # Ours
     data = setup.tmp / "pairs.jsonl"
-    data.write_text("".join(tp.json.dumps(row) + "\n" for row in setup.rows))
+    data.write_text("".join(json.dumps(row) + "\n" for row in setup.rows))
     tokenizer = tp.load_tokenizer(setup.policy_dir)
-    rows = list(enumerate(tp.read_rows(str(data), False, {})))
-    numbered = list(tp.token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, 272, 128, 96))
+    rows = list(enumerate(read_rows(str(data), False, {})))
+    numbered = list(token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, 272, 128, 96))
     assert [number for number, _ in numbered] == list(range(6))
     pairs = [tp.Pair(*ids) for _, ids in numbered]
     for pair, example in zip(pairs, examples):

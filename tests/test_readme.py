@@ -49,7 +49,8 @@ def test_commands_in_evaluates_docstring_parse():
 def test_torchrun_leaves_our_flags_alone(script):
     """It refuses a script's flag that begins several of its own options, unless `--` comes first, as evaluate.py's docstring has it."""
     ahead = ["--"] if script == "evaluate" else []
-    flags = set(re.findall(r'"(--[a-z_]+)"', (ROOT / f"{script}.py").read_text()))
+    sources = [f"{script}.py"] if script == "evaluate" else [f"{script}.py", "plumbing/run.py"]
+    flags = set(re.findall(r'"(--[a-z_]+)"', "".join((ROOT / source).read_text() for source in sources)))
     assert len(flags) > 20
     for flag in flags:
         args = get_args_parser().parse_args(["--nproc_per_node=2", *ahead, f"{script}.py", "sample", flag, "5"])
@@ -65,7 +66,7 @@ def test_links_point_at_definitions():
 
 
 def test_named_flags_and_files_exist():
-    scripts = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    scripts = "".join(path.read_text() for path in [*ROOT.glob("*.py"), ROOT / "plumbing" / "run.py"])
     for flag in set(re.findall(r"`--([a-z_]+)", TEXT)) - {"nnodes", "nproc_per_node", "shutdown_timeout", "help"}:  # torchrun's
         assert f'"--{flag}"' in scripts, f"--{flag}"
     for name in re.findall(r"^\| `([\w./]+)` \|", TEXT, re.M):

@@ -16,8 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import train_pref
-from train_pref import (SkipRow, UserError, cut_prompt, encode, encode_after, end_response, load_tokenizer, render_chat,
-                        stop_ids, template_stop, token_rows)
+from plumbing.data import (SkipRow, UserError, cut_prompt, encode, encode_after, end_response, load_tokenizer, render_chat,
+                           stop_ids, template_stop, token_rows)
 
 # Text and its ids in Llama 3's vocabulary. Non-ASCII is escaped, so that no editor can normalize it.
 LLAMA3_IDS = [
@@ -528,7 +528,7 @@ def test_a_saved_model_stops_at_both(instruct, tiny_llama, tmp_path, process_gro
     for path in source.glob("tokenizer*"):
         path.unlink()
     (source / "generation_config.json").unlink()
-    files = train_pref.model_files(source, tokenizer)
+    files = train_pref.model_files(source, tokenizer, template_stop(tokenizer))
     train_pref.save_checkpoint(out, train_pref.load_weights(model, source), tokenizer, files, "fp32")
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert sorted(loaded.generation_config.eos_token_id) == sorted([eos, stop])

@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_pref as tp
+from plumbing.checkpoint import fingerprint
+from plumbing.data import read_jsonl, read_rows, token_rows
 from runs import Result, finish, launch, spoil
 
 ROOT = Path(tp.__file__).resolve().parent
@@ -105,8 +107,8 @@ def load(directory, dtype=torch.float32):
 
 def pairs_of(data, directory, max_length, max_prompt_length):
     limits = tp.load_tokenizer(directory), tp.read_config(directory).vocab_size, max_length, max_prompt_length
-    rows = enumerate(tp.read_rows(str(data), False, {}))
-    return [tp.Pair(*ids) for _, ids in tp.token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, *limits)]
+    rows = enumerate(read_rows(str(data), False, {}))
+    return [tp.Pair(*ids) for _, ids in token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, *limits)]
 
 
 @pytest.fixture(scope="module", params=[*SHAPES, "stories260K"])
@@ -117,7 +119,7 @@ def case(request, tiny_llama, tmp_path_factory):
         directory, data = tiny_llama(tmp / "model", seed=5, **SHAPES[request.param]), write_pairs(tmp / "pairs.jsonl", 16)
     else:
         directory, shared = request.getfixturevalue("stories"), request.getfixturevalue("shared")
-        rows = [row for _, row in zip(range(6), tp.read_jsonl(shared / "data" / "tldr_pref.jsonl.gz"))]
+        rows = [row for _, row in zip(range(6), read_jsonl(shared / "data" / "tldr_pref.jsonl.gz"))]
         data = tmp / "pairs.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
     pairs = pairs_of(data, directory, 224, 96)
@@ -384,7 +386,7 @@ def test_files_of_a_run(cli, model_dir, data, tmp_path):
     # Reference log-probs
     with safe_open(out / "ref_logps.safetensors", "pt") as file:
         assert set(file.keys()) == {"chosen", "rejected", "index"}
-        assert file.metadata()["key"] == f"{tp.fingerprint(model_dir)}-{header['data']}-fp32"
+        assert file.metadata()["key"] == f"{fingerprint(model_dir)}-{header['data']}-fp32"
         chosen, rejected, index = (file.get_tensor(name) for name in ("chosen", "rejected", "index"))
     assert chosen.dtype == rejected.dtype == torch.float32 and index.dtype == torch.int64
     assert index.tolist() == [0, 2, *range(4, 12)] and chosen.shape == rejected.shape == index.shape
@@ -698,11 +700,13 @@ def python(*argv, cwd, **env):
 
 
 def test_made_to_be_copied(model_dir, data, tmp_path):
-    """train_pref.py and kernels/logprob.py alone, in another directory, started by torchrun from a third one."""
+    """train_pref.py with plumbing/ and kernels/logprob.py, in another directory, started by torchrun from a third one. (One file:
+    test_one_file.py.)"""
     home, elsewhere = tmp_path / "copy", tmp_path / "elsewhere"
     (home / "kernels").mkdir(parents=True)
     elsewhere.mkdir()
     shutil.copy(ROOT / "train_pref.py", home)
+    shutil.copytree(ROOT / "plumbing", home / "plumbing")
     shutil.copy(ROOT / "kernels" / "logprob.py", home / "kernels")
     result = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", home / "train_pref.py",
                     *flags(model_dir, data, "out/run", max_steps=2), cwd=elsewhere).ok()

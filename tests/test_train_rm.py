@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_rm as rm
+from plumbing.data import read_rows, token_rows
 from runs import finish, spoil
 
 SOURCE = Path(rm.__file__).read_text()
@@ -56,8 +57,8 @@ def load(directory, seed=0):
 def pairs_of(data, directory, max_length=34):
     """The pairs; at 34 tokens some responses are cut and end with another token than EOS."""
     limits = rm.load_tokenizer(directory), rm.read_config(directory).vocab_size, max_length, 26
-    rows = enumerate(rm.read_rows(str(data), False, {}))
-    return [rm.Pair(*ids) for _, ids in rm.token_rows(rows, dict(skipped={}, cut={}), rm.split_pair, *limits)]
+    rows = enumerate(read_rows(str(data), False, {}))
+    return [rm.Pair(*ids) for _, ids in token_rows(rows, dict(skipped={}, cut={}), rm.split_pair, *limits)]
 
 
 def responses(pairs):
@@ -441,4 +442,4 @@ def test_nothing_is_defined_and_not_used():
     """No function or class of this file is left over from another's."""
     names = [name for name, value in vars(rm).items() if getattr(value, "__module__", "") == "train_rm" and
              (inspect.isfunction(value) or inspect.isclass(value))]
-    assert len(names) > 50 and [name for name in names if len(re.findall(rf"\b{name}\b", SOURCE)) < 2] == []
+    assert len(names) > 25 and [name for name in names if len(re.findall(rf"\b{name}\b", SOURCE)) < 2] == []

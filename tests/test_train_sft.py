@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_sft as sft
+from plumbing.data import read_rows, token_rows
 
 build = lambda config: sft.build(lambda: sft.Llama(config, "torch"), "cpu", "fp32")
 
@@ -40,8 +41,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(model_dir, data, process_group):
     model = sft.load_weights(build(sft.read_config(model_dir)), model_dir)
-    rows, limits = enumerate(sft.read_rows(str(data), False, {})), (sft.load_tokenizer(model_dir), 272, 48, 32)
-    rows = sft.token_rows(rows, dict(skipped={}, cut={}), sft.split_example, *limits)
+    rows, limits = enumerate(read_rows(str(data), False, {})), (sft.load_tokenizer(model_dir), 272, 48, 32)
+    rows = token_rows(rows, dict(skipped={}, cut={}), sft.split_example, *limits)
     return model, [sft.Example(*ids) for _, ids in rows]
 
 

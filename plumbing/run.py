@@ -1,0 +1,260 @@
+"""A training run: its flags, its header, whether it begins or goes on, its log, when it saves and stops."""
+
+import argparse
+import hashlib
+import importlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from plumbing.checkpoint import checkpoints, fingerprint, prune, verify
+from plumbing.data import TODAY
+from plumbing.process import UserError, file_sha256, lock, on_rank_0, peak_memory_gb, say, write_aside
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is said by one rank, once."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**dict(usage="python %(prog)s [flags]", allow_abbrev=False) | kwargs)
+
+    def error(self, message):
+        wrong = UserError(f"{message} (--help lists the flags)")
+        wrong.code = 2
+        raise wrong
+
+
+def check_ranges(parser, args, positive, signed=()):
+    """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
+    for flag, value in vars(args).items():
+        most = 2**63 if type(value) is int else math.inf
+        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
+        if unfit or flag in positive and value == 0:
+            parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
+
+
+def common_flags(parser):
+    """The flags every trainer has. An example is a pair or a demonstration."""
+    add = parser.add_argument_group("what to train on").add_argument
+    add("--preset", help="a set of defaults; a flag given wins (toy, or paper if --model or --data is given)")
+    add("--model", help="start: model directory, Hub id or, in train_sft.py, a config.json: random weights (preset)")
+    add("--data", help="training data: .jsonl, .json, .csv, .parquet, recipe name or Hub id; a+b pools two (preset)")
+    add("--eval_data", help="held-out data, likewise; '' for none (preset)")
+    add("--max_length", type=int, help="tokens of prompt + response at most (preset)")
+    add("--max_prompt_length", type=int, help="tokens of the prompt, which keeps its end, at most (preset)")
+    add = parser.add_argument_group("the run").add_argument
+    add("--out", help="run directory; run again with it to resume (named after the flags, in out/)")
+    add("--seed", type=int, default=0, help="seed of the data order and of random weights (0)")
+    add("--epochs", type=int, help="passes over the data (preset)")
+    add("--max_steps", type=int, default=0, help="stop after this many optimizer steps; 0: no limit")
+    add("--batch_size", type=int, help="examples per optimizer step, over all ranks (preset)")
+    add("--lr", type=float, help="peak learning rate; cosine to a tenth of it (preset)")
+    add("--warmup_steps", type=int, help="optimizer steps of linear warm-up; 0: none (preset)")
+    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping (1.0)")
+    add("--save_every", type=int, help="optimizer steps between checkpoints; 0: only on a signal (preset)")
+    add("--keep", type=int, default=0, help="newest checkpoints kept; 0: all")
+    add("--keep_state", type=int, default=0, help="newest checkpoints that keep optimizer state; 0: all (preset)")
+    add("--save_dtype", choices=["fp32", "bf16"], default="fp32", help="of saved models; what resumes is fp32")
+    add("--eval_every", type=int, help="optimizer steps between evaluations on --eval_data; 0: never (preset)")
+    add("--log_every", type=int, default=1, help="steps between lines on screen; metrics.jsonl has all (preset)")
+    add("--track", choices=["none", "wandb", "trackio"], default="none", help="a dashboard besides metrics.jsonl")
+    add = parser.add_argument_group("the hardware").add_argument
+    add("--micro_batch_size", type=int, help="rows per rank per forward; lower it when memory runs out (preset)")
+    add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
+        help="of the products (bf16 on a GPU); weights, optimizer state, log-probs and rewards are float32 always")
+    add("--compile", action="store_true", help="torch.compile the layers: the first steps take minutes")
+    add("--shard", action=argparse.BooleanOptionalAction, help="FSDP2: weights, gradients and optimizer state divided"
+        " by the ranks; --no-shard: DDP (preset)")
+    add("--checkpoint_activations", action=argparse.BooleanOptionalAction, help="recompute layers in backward: less"
+        " memory (preset)")
+    add("--threads", type=int, default=0, help="CPU threads a rank; 0: torch's own choice (preset)")
+    add("--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run (1800)")
+
+
+def parse_with_preset(parser, presets, argv, positive=(), signed=()):
+    """Parse twice: the first pass finds the preset, whose values are the defaults of the second. A model or data of
+    one's own begins from the paper's recipe: the toy's learning rate and lengths would spoil it unnoticed."""
+    for name, values in presets.items():
+        parser.add_argument_group(f"--preset {name}", ", ".join(f"{flag} {value}" for flag, value in values.items()))
+    given = parser.parse_known_args(argv)[0]
+    preset = ("paper" if given.model or given.data else "toy") if given.preset is None else given.preset
+    if preset not in presets:
+        parser.error(f"--preset {preset}: one of {', '.join(presets)}")
+    parser.set_defaults(**presets[preset] | dict(preset=preset))
+    args = parser.parse_args(argv)
+    if not args.model or not args.data:
+        parser.error("--model and --data must be given: a directory, file, recipe or Hub id, or another --preset")
+    counts = {"epochs", "batch_size", "micro_batch_size", "max_length", "max_prompt_length", "log_every", "timeout"}
+    check_ranges(parser, args, counts | {*positive}, signed)
+    if args.max_prompt_length >= args.max_length:
+        parser.error(f"--max_prompt_length {args.max_prompt_length} leaves no room in --max_length {args.max_length}")
+    return args
+
+
+# -------------------------------------------------------------------------------------- a new run, or one to go on with
+# Flags that fit a run to its machine or say what it keeps; every other flag must be the same when a run resumes.
+FREE_FLAGS = {"keep", "keep_state", "save_dtype", "log_every", "track", "timeout", "threads", "micro_batch_size",
+              "shard", "checkpoint_activations", "compile", "out"}
+
+
+def run_header(script, args, world, device, models):
+    """What a run must say of itself, the first line of metrics.jsonl, with fingerprints of its models {role: directory}
+    and of its data, as cut (a Hub dataset is known by its name)."""
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    parts = dict.fromkeys([args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")])
+    data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
+    data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY)])
+    once = {directory: fingerprint(directory) for directory in {*models.values()}}  # a reference is mostly the model
+    prints = dict(chat_date=str(TODAY)) | {role: once[directory] for role, directory in models.items()}
+    prints["data"] = hashlib.sha256(data.encode()).hexdigest()[:16]
+    versions = dict(torch=torch.__version__, python=sys.version.split()[0])
+    return dict(script=script, args=vars(args), commit=commit, versions=versions, device=name, world=world) | prints
+
+
+def checkpoint_to_resume(out, header):
+    """-> out/final if the run is complete, its newest checkpoint, or None to begin. `header` is the line that this run
+    would begin metrics.jsonl with. Raises UserError where `out` holds something else or another run."""
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = out / "metrics.jsonl"
+    empty = all(path.name.startswith(".") for path in out.iterdir())  # or a kill left half of the very first file
+    if empty or metrics.exists():
+        lock(out)
+    if empty and not metrics.exists():
+        write_aside(metrics, lambda aside: aside.write_text(json.dumps(header) + "\n"))
+    try:
+        lines = metrics.read_text().split("\n")
+        found = json.loads(lines[0])
+        prints = [{f"{key} fingerprint": h.get(key) for key in ("model", "ref", "data")} for h in (found, header)]
+        then, now = (h["args"] | dict(script=h["script"]) | p for h, p in zip((found, header), prints))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{out} is not empty and holds no run (no metrics.jsonl with a header): choose another"
+                        " --out") from None
+    differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted({*then, *now} - FREE_FLAGS)
+              if then.get(key) != now.get(key)]
+    if differ and len(lines) > 2:  # before a first step nothing is lost: a wrong model or data may be mended
+        raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out (to train on: --model"
+                        f" {out}/final)")
+    for leftover in (*out.glob(".step_*"), out / ".final.tmp"):  # of a kill: half a checkpoint written or deleted
+        shutil.rmtree(leftover, ignore_errors=True)
+    if (out / "final").exists():
+        verify(out / "final", ours=True)
+        return out / "final"
+    steps = checkpoints(out)
+    if steps and not (steps[-1] / "trainer").exists():
+        raise UserError(f"{steps[-1]} keeps no optimizer state (--keep_state): there is nothing to resume from")
+    return steps[-1] if steps else None
+
+
+# -------------------------------------------------------------------------------------------------------------- its log
+def open_tracker(kind, out, args):
+    """Begin a run on the dashboard asked for, before any work is done. wandb and trackio have one interface."""
+    if kind != "none":
+        try:
+            importlib.import_module(kind).init(project="is-daa", name=out.name, config=args)
+        except Exception as error:  # not installed, no key, no network: classes of their own
+            raise UserError(f"--track {kind}: {error}; it needs `pip install {kind}` and its key") from None
+
+
+def open_metrics(path, header, resumed):
+    """metrics.jsonl, ready for the lines after those of the checkpoint `resumed`: later ones will be written again, the
+    same. Line 0 is the header, line k step k."""
+    lines = [json.dumps(header)]
+    if resumed:
+        step = int(resumed.name.removeprefix("step_"))
+        lines = path.read_text().split("\n")[: step + 1]
+        if not lines[-1].startswith(f'{{"step": {step},'):
+            raise UserError(f"{path} does not hold steps 1 to {step}, a line each: restore it, or choose another --out")
+    write_aside(path, lambda aside: aside.write_text("\n".join(lines) + "\n"))
+    return path.open("a", buffering=1)
+
+
+def write_metrics(file, step, metrics):
+    """One JSON line. JSON has no NaN: what is not finite is null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    try:
+        file.write(json.dumps({"step": step} | clean) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {file.name}: {error}") from None
+
+
+class StepLog:
+    """What a run says of its steps, on rank 0: a line of metrics.jsonl each, the tracker, the screen and its bar."""
+
+    def __init__(self, path, header, resumed, *, steps_done, total, log_every, track):
+        self.total, self.log_every, self.track = total, log_every, track
+        self.rank = dist.get_rank()
+        if self.rank == 0:
+            self.file = open_metrics(path, header, resumed)
+            self.bar = tqdm(total=total, initial=steps_done, disable=not sys.stderr.isatty(), unit="step")
+
+    def write(self, step, metrics, line, applied):
+        """`line` is for the screen."""
+        if self.rank > 0:
+            return
+        write_metrics(self.file, step, metrics)
+        if self.track != "none":
+            sys.modules[self.track].log(metrics, step=step)
+        if not applied:
+            line += " | NOT FINITE: skipped"
+        if step % self.log_every == 0 or step == self.total or not applied:
+            say(line)
+        self.bar.update()
+
+    def close(self):
+        if self.rank == 0:
+            self.bar.close()
+
+
+def count_step(state, *, applied, n_tokens):
+    """The counters that a checkpoint keeps, one step on."""
+    state["step"] += 1
+    state["num_tokens"] += n_tokens
+    if applied:
+        state["updates"] += 1
+        state["skipped_in_a_row"] = 0
+    else:
+        state["skipped"] += 1
+        state["skipped_in_a_row"] += 1
+
+
+def step_metrics(state, *, grad_norm, lr, epoch, n_tokens, step_s):
+    """What every trainer logs of a step besides its losses."""
+    return {"grad_norm": grad_norm, "learning_rate": lr, "epoch": epoch, "num_tokens": state["num_tokens"],
+            "skipped": state["skipped"], "tokens_per_s": n_tokens / step_s, "step_s": step_s,
+            "mem_gb": peak_memory_gb()}
+
+
+def due(step, every, total):
+    """Is it time for what happens every so many steps (0: never) and at the end?"""
+    return every > 0 and (step % every == 0 or step == total)
+
+
+# ----------------------------------------------------------------------------------------------------- to save and stop
+def save_or_stop(out, state, signals, save, *, save_every, keep, keep_state):
+    """After each step, on all ranks: where a checkpoint is due, a signal came or 10 steps in a row were not finite,
+    save(directory) writes one. -> the exit code to stop with; 0: go on. Raises UserError where it has diverged."""
+    step = state["step"]
+    signum = torch.tensor(signals[0][0] if signals else 0)
+    dist.all_reduce(signum, op=dist.ReduceOp.MAX)  # that any rank was sent
+    diverged = state["skipped_in_a_row"] == 10
+    if signum or diverged or (save_every and step % save_every == 0):
+        state["skipped_in_a_row"] %= 10  # whoever goes on after a divergence has ten more
+        save(out / f"step_{step:06d}")
+        on_rank_0(lambda: prune(out, keep, keep_state))
+    if diverged:
+        raise UserError(f"10 steps in a row had a loss or gradient that is not finite, up to step {step}: lower"
+                        f" --lr, or look at the data; {out}/step_{step:06d} holds the last good step's weights")
+    if signum:
+        say(f"stopped by signal {signum.item()} after step {step}; the same command goes on from there")
+        return 128 + signum.item()
+    return 0
