@@ -43,10 +43,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from plumbing.checkpoint import find_model, fingerprint, load_weights
-from plumbing.data import (SkipRow, apply_template, count, counted, cut_prompt, encode, encode_after, load_tokenizer,
-                           read_jsonl, read_rows, render_chat, stop_ids, template_stop)
-from plumbing.process import UserError, file_sha256, guard, lock, on_rank_0, read_json, say, start, write_aside
+from plumbing.checkpoint import find_model, model_fingerprint, load_weights
+from plumbing.data import (SkipRow, apply_template, assistant_stop_id, count_skip, describe_skips, encode, encode_after,
+                           load_tokenizer, read_jsonl, read_rows, render_chat, stop_ids, truncate_prompt)
+from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, print_rank0,
+                              read_json, run_main, write_atomically)
 from plumbing.run import Parser, check_ranges
 
 
@@ -81,7 +82,7 @@ class CausalLM(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.model = c, LlamaModel(c)
-        self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.lm_head = None if c.tie_word_embeddings else CastLinear(c.hidden_size, c.vocab_size, bias=False)
 
     def logits(self, hidden):
         """hidden (N, D) -> logits (N, V), float32 (fp64: float64): 16-bit ones would be rounded to 0.06 near 20."""
@@ -186,11 +187,11 @@ def generate(policy, prompts, uniform, temperature, top_p, stops):
     return [[[token for token in ids if token >= 0] for ids in completions] for completions in tokens.tolist()]
 
 
-def in_rounds(lengths, size, desc):
+def rounds_of_rank(lengths, size, desc):
     """Yield this rank's share, a list of indices, of each round of about `size` examples a rank, longest first. The
     same number of rounds on every rank."""
     rank = dist.get_rank()
-    rounds = deal(lengths, max(1, size), dist.get_world_size()) if lengths else []
+    rounds = split_into_micro_batches(lengths, max(1, size), dist.get_world_size()) if lengths else []
     for micro in tqdm(rounds, desc=desc, disable=rank > 0 or not sys.stderr.isatty(), leave=False):
         yield micro[rank]
 
@@ -198,7 +199,7 @@ def in_rounds(lengths, size, desc):
 def completions(policy, prompts, args, k, temperature, top_p, stops, desc):
     """Generate for all prompts (ids); yield [(index of the prompt, ids of its k completions)] a round, on every
     rank."""
-    for mine in in_rounds([len(prompt) for prompt in prompts], args.batch_size // k, desc):
+    for mine in rounds_of_rank([len(prompt) for prompt in prompts], args.batch_size // k, desc):
         ids, everyones = [], [None] * dist.get_world_size()
         if mine:
             uniform = torch.stack([uniform_numbers(prompts[i], k, args.max_new_tokens, args.seed) for i in mine])
@@ -223,14 +224,14 @@ def response_rows(prompts, responses):
     return rows, places
 
 
-def in_batches(compute, prompts, responses, columns, batch_size, desc):
+def compute_in_batches(compute, prompts, responses, columns, batch_size, desc):
     """compute(prompts, responses) -> (responses, columns) on batches of about batch_size responses, divided among ranks
     -> a float64 CPU tensor (number of responses of the prompt, columns) a prompt, on every rank."""
     counts = [len(ys) for ys in responses]
     ends = list(itertools.accumulate(counts))
     results = torch.zeros(sum(counts), columns, dtype=torch.float64)
     lengths = [len(prompt) + sum(map(len, ys)) for prompt, ys in zip(prompts, responses)]
-    for mine in in_rounds(lengths, batch_size // max(counts, default=1), desc):
+    for mine in rounds_of_rank(lengths, batch_size // max(counts, default=1), desc):
         if mine:
             where = [r for i in mine for r in range(ends[i] - counts[i], ends[i])]
             results[where] = compute([prompts[i] for i in mine], [responses[i] for i in mine]).double().cpu()
@@ -254,8 +255,8 @@ def score(reward_model, prompts, responses, args, known, desc):
     for x, y in itertools.chain.from_iterable(names):
         if (x, y) not in known:
             wanted.setdefault(x, {})[y] = None
-    found = in_batches(lambda xs, ys: rewards(reward_model, xs, ys), [*wanted], [[*ys] for ys in wanted.values()], 1,
-                       args.batch_size, desc)
+    found = compute_in_batches(lambda xs, ys: rewards(reward_model, xs, ys), [*wanted],
+                               [[*ys] for ys in wanted.values()], 1, args.batch_size, desc)
     for (x, ys), values in zip(wanted.items(), found):
         known.update(zip(((x, y) for y in ys), values[:, 0].tolist()))
     return [torch.tensor([known[name] for name in of_prompt], dtype=torch.float64) for of_prompt in names]
@@ -391,11 +392,12 @@ def load_prompts(args, tokenizer, vocab_size):
             if reference and reference not in found[key].references:
                 found[key].references.append(reference)
         except SkipRow as skip:
-            count(skipped, str(skip), where)
-    report = f"{args.data}: {len(found)} prompts of {n_rows} rows; skipped: {counted(skipped)}; cut: {counted(cut)}"
+            count_skip(skipped, str(skip), where)
+    report = (f"{args.data}: {len(found)} prompts of {n_rows} rows; skipped: {describe_skips(skipped)}; cut:"
+              f" {describe_skips(cut)}")
     if not found:
         raise UserError(f"no usable prompts in {report}")
-    say(report)
+    print_rank0(report)
     texts = [[prompt.index, prompt.text, prompt.references] for prompt in found.values()]
     return [*found.values()], hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
@@ -421,9 +423,9 @@ def read_prompt(row, tokenizer):
 
 def prompt_ids(text, tokenizer, vocab_size, args, cut, where):
     """The ids of a prompt's text, its end where it is too long, which is counted in `cut`. Raises SkipRow."""
-    ids, excess = cut_prompt(encode(tokenizer, [text], vocab_size)[0], tokenizer, args.max_prompt_length)
+    ids, excess = truncate_prompt(encode(tokenizer, [text], vocab_size)[0], tokenizer, args.max_prompt_length)
     if excess:
-        count(cut, "prompt", where)
+        count_skip(cut, "prompt", where)
     return ids
 
 
@@ -462,7 +464,7 @@ def scored_ids(tokenizer, prompt, texts, stops, vocab_size, args):
     is a stop alone. Raises SkipRow."""
     end, known = tokenizer.eos_token_id, stop_texts(tokenizer)
     if isinstance(prompt, list):
-        prompt, end = apply_template(tokenizer, prompt, None, add_generation_prompt=True), template_stop(tokenizer)
+        prompt, end = apply_template(tokenizer, prompt, None, add_generation_prompt=True), assistant_stop_id(tokenizer)
     x = prompt_ids(prompt, tokenizer, vocab_size, args, {}, "")
     ys = encode_after(tokenizer, [prompt] * len(texts), texts, vocab_size)
     ys = [y if text and stop is None else y + [known.get(stop, end)] for y, text, stop in zip(ys, texts, stops)]
@@ -473,7 +475,7 @@ def load_model(name, make, precision, device):
     """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products, but
     for a reward model's head, which is float32 as in training."""
     directory = find_model(name)
-    model = load_weights(build(lambda: make(read_config(directory)), device, precision), directory)
+    model = load_weights(build_model(lambda: make(read_config(directory)), device, precision), directory)
     model.model.to(model.model.dtype)
     if getattr(model, "lm_head", None) is not None:
         model.lm_head.to(model.model.dtype)
@@ -485,11 +487,11 @@ def sampling_stops(directory, tokenizer):
     path = directory / "generation_config.json"
     stops = read_json(path).get("eos_token_id") if path.exists() else None
     stops = stops if isinstance(stops, list) else [stops]
-    return sorted({tokenizer.eos_token_id, template_stop(tokenizer), *stops} - {None})
+    return sorted({tokenizer.eos_token_id, assistant_stop_id(tokenizer), *stops} - {None})
 
 
 # ------------------------------------------------------------------------------------- files that a second run extends
-def extended(out, about, items, compute, made=None):
+def extend_rows(out, about, items, compute, made=None):
     """The rows {index: row} of items {index: item} in the .jsonl file `out`. compute(the items that it lacks) yields
     lists of rows, which are on disk before more are computed; an item without a row is left out. OUT.about.json says
     how they are made: a second run must be told the same, but for the flags FREE: UserError lists the differences, or
@@ -505,14 +507,14 @@ def extended(out, about, items, compute, made=None):
         for path in (out, made or out) if not sidecar.exists() else ():
             if path.exists():
                 raise UserError(f"{path} exists, and no {sidecar.name} says how it was made: choose another --out")
-        found = held_rows(out, ["index"], ["index"])
+        found = read_own_rows(out, ["index"], ["index"])
         write_json(sidecar, about)
         return found
 
     rows = on_rank_0(held)
     lacking = {index: item for index, item in items.items() if index not in rows}
     if not lacking:
-        say(f"{out} is complete")
+        print_rank0(f"{out} is complete")
     for fresh in compute(lacking):
         append_rows(out, fresh)
         rows |= {row["index"]: row for row in fresh}
@@ -521,29 +523,29 @@ def extended(out, about, items, compute, made=None):
     return rows
 
 
-def held_rows(path, fields, key):
+def read_own_rows(path, fields, key):
     """{values of the fields `key`: row} of a .jsonl file, which is locked from now on. A line that a kill cut in two is
     dropped, and of rows of one key the first is kept. Raises UserError, leaving it as it is, for a file of somebody
     else's: a row of ours has the `fields`, the first at its head."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock(path)
+    lock_for_writing(path)
     text, rows = path.read_bytes() if path.exists() else b"", {}
     begins = f'{{"{fields[0]}": '.encode()
     if not begins.startswith(text[: len(begins)]):
         raise UserError(f"{path}:1: not a row of ours: give --out a file of its own")
-    lines = whole_lines(path) if text else []
+    lines = read_whole_lines(path) if text else []
     for where, row in lines:
         if not {*fields} <= row.keys():
             raise UserError(f"{where}: not a row of ours, which has {', '.join(fields)}: mend or delete it")
         rows.setdefault(itemgetter(*key)(row), row)
     if len(rows) < len(lines):
-        say(f"{path}: {len(lines) - len(rows)} rows stood there twice: the first of each is kept")
+        print_rank0(f"{path}: {len(lines) - len(rows)} rows stood there twice: the first of each is kept")
     if text and (len(rows) < len(lines) or not text.endswith(b"\n")):
         write_lines(path, rows.values())
     return rows
 
 
-def whole_lines(path):
+def read_whole_lines(path):
     """[("file:line", row)] of a JSON-lines file, without a last line that a kill cut in two."""
     return list(itertools.islice(read_jsonl(path), path.read_bytes().count(b"\n")))
 
@@ -557,12 +559,12 @@ def append_rows(out, rows):
             os.fsync(file.fileno())
 
 
-def write_made(path, text):
+def write_once(path, text):
     """A file that is made of finished rows -> " is complete" if it stood there. Raises UserError if it was changed."""
     if path.exists() and path.read_text() != text:
         raise UserError(f"{path} holds something else than this command writes there: choose another --out")
     complete = " is complete" if path.exists() else ""
-    write_aside(path, lambda aside: aside.write_text(text))
+    write_atomically(path, lambda aside: aside.write_text(text))
     return complete
 
 
@@ -571,24 +573,24 @@ def as_lines(rows):
 
 
 def write_lines(path, rows):
-    write_aside(path, lambda aside: aside.write_text(as_lines(rows)))
+    write_atomically(path, lambda aside: aside.write_text(as_lines(rows)))
 
 
 def write_json(path, content):
-    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 # ----------------------------------------------------------------------------------------------------- the commands
 def sample(args):
     """Completions of a policy, a row a prompt."""
-    _, world, device = start(args.seed, args.timeout, args.threads)
+    _, world, device = init_distributed(args.seed, args.timeout, args.threads)
     if args.api and world > 1:
         raise UserError("--api: one process is enough, run it without torchrun")
     policy = tokenizer = directory = None
     if not args.api:
         policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy and policy.config.vocab_size))
-    about = vars(args) | dict(policy=directory and fingerprint(directory), prompts=digest)
+    about = vars(args) | dict(policy=directory and model_fingerprint(directory), prompts=digest)
 
     def compute(lacking):
         if args.api:
@@ -596,10 +598,10 @@ def sample(args):
         how = args.k, args.temperature, sampling_stops(directory, tokenizer), "sampling"
         return sampled_rows(policy, tokenizer, [*lacking.values()], args, *how)
 
-    rows = extended(Path(args.out), about, {prompt.index: prompt for prompt in prompts}, compute).values()
+    rows = extend_rows(Path(args.out), about, {prompt.index: prompt for prompt in prompts}, compute).values()
     ended = [stop is not None for row in rows for stop in row["stops"]]
     summary = dict(prompts=len(rows), completions=len(ended), ended=sum(ended))
-    say(f"{args.out}: {json.dumps(summary | dict(empty=sum(row['completions'].count('') for row in rows)))}")
+    print_rank0(f"{args.out}: {json.dumps(summary | dict(empty=sum(row['completions'].count('') for row in rows)))}")
 
 
 def sampled_rows(policy, tokenizer, prompts, args, k, temperature, stops, desc):
@@ -617,11 +619,11 @@ def sample_row(prompt, answers):
 
 def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
-    _, _, device = start(args.seed, args.timeout, args.threads)
+    _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out, skipped, pairs = Path(args.out), {}, []
     reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device)
     samples, vocab_size = read_samples(args.samples), reward_model.model.embed_tokens.num_embeddings
-    about = vars(args) | dict(rm=fingerprint(directory), samples=file_sha256(args.samples))
+    about = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
 
     def compute(lacking):
         known, todo = {}, []
@@ -630,25 +632,25 @@ def label(args):
                 said = row["completions"], row["stops"]
                 todo.append((index, *scored_ids(tokenizer, row["prompt"], *said, vocab_size, args)))
             except SkipRow as skip:
-                count(skipped, str(skip), where)
+                count_skip(skipped, str(skip), where)
         for k in range(0, len(todo), 1024):
             indices, prompts, responses = zip(*todo[k : k + 1024])
             found = score(reward_model, prompts, responses, args, known, f"scoring {k} of {len(todo)}")
             # To 9 decimals: what follows depends on the batch, also in fp64.
             yield [dict(index=index, rewards=r.round(decimals=9).tolist()) for index, r in zip(indices, found)]
 
-    scores = extended(out.with_suffix(".scores.jsonl"), about, dict(enumerate(samples)), compute, out)
+    scores = extend_rows(out.with_suffix(".scores.jsonl"), about, dict(enumerate(samples)), compute, out)
     for index, found in scores.items():
         where, row = samples[index]
         try:
             pairs.append(choose_pair(row, found["rewards"], tokenizer.eos_token, args))
         except SkipRow as skip:
-            count(skipped, str(skip), where)
-    report = f"{args.samples}: {len(pairs)} pairs of {len(samples)} prompts; skipped: {counted(skipped)}"
+            count_skip(skipped, str(skip), where)
+    report = f"{args.samples}: {len(pairs)} pairs of {len(samples)} prompts; skipped: {describe_skips(skipped)}"
     if not pairs:
         raise UserError(f"no usable pairs in {report}")
-    complete = on_rank_0(lambda: write_made(out, as_lines(pairs)))
-    say(f"{out}{complete}: {report}")
+    complete = on_rank_0(lambda: write_once(out, as_lines(pairs)))
+    print_rank0(f"{out}{complete}: {report}")
 
 
 def choose_pair(row, rewards, eos, args):
@@ -674,7 +676,7 @@ def choose_pair(row, rewards, eos, args):
 
 def golden(args):
     """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
-    rank, _, device = start(args.seed, args.timeout, args.threads)
+    rank, _, device = init_distributed(args.seed, args.timeout, args.threads)
     reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args.precision, device)
     ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args.precision, device)
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
@@ -682,10 +684,10 @@ def golden(args):
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
     protocol, stops = {name: getattr(args, name) for name in PROTOCOL}, sampling_stops(ref_directory, tokenizer)
-    of = dict(rm=fingerprint(rm_directory), ref=fingerprint(ref_directory), prompts=digest)
+    of = dict(rm=model_fingerprint(rm_directory), ref=model_fingerprint(ref_directory), prompts=digest)
     settings = hashlib.sha256(json.dumps([protocol, of]).encode()).hexdigest()[:12]
     work = on_rank_0(lambda: golden_work(args.runs, ref_directory, settings))
-    say(f"{len(work)} checkpoints to evaluate, settings {settings}")
+    print_rank0(f"{len(work)} checkpoints to evaluate, settings {settings}")
 
     def rate(responses, desc):  # n times (texts, stops) -> n vectors of rewards
         said = zip(prompts, responses)
@@ -709,7 +711,7 @@ def golden(args):
             write_lines(run / "golden_samples" / f"{name}.jsonl", said)
         append_rows(run / "golden.jsonl", [row])
         figures = ("win_rate", "kl", "k1", "reward", "length", "ended")
-        say(f"{run} {name}: " + ", ".join(f"{x} {row[x]:.3f} +- {row[f'{x}_se']:.3f}" for x in figures))
+        print_rank0(f"{run} {name}: " + ", ".join(f"{x} {row[x]:.3f} +- {row[f'{x}_se']:.3f}" for x in figures))
 
 
 def golden_work(runs, ref_directory, settings):
@@ -724,10 +726,10 @@ def golden_work(runs, ref_directory, settings):
         found = {int(path.name[5:]): path for path in run.glob("step_*") if path.name[5:].isdecimal()}  # no .bak
         if (run / "final").exists():
             found.setdefault(header["steps"], run / "final")
-        done = held_rows(run / "golden.jsonl", ["checkpoint", *key], key)
+        done = read_own_rows(run / "golden.jsonl", ["checkpoint", *key], key)
         for step, path in sorted({0: ref_directory, **found}.items()):
             manifest = path / "manifest.json"
-            weights = file_sha256(manifest) if manifest.exists() else fingerprint(path)
+            weights = file_sha256(manifest) if manifest.exists() else model_fingerprint(path)
             if (step, weights, settings) not in done:
                 work.append((run, path, weights, step, step / steps_per_epoch))
     return work
@@ -742,7 +744,7 @@ def measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, arg
     rounds = completions(policy, ids, args, args.k, 1.0, 1.0, stops, "KL: sampling")
     # Cut off at max_new_tokens: the KL of what is said until there.
     drawn = [ys for _, ys in sorted(itertools.chain.from_iterable(rounds))]
-    kls = in_batches(lambda xs, ys: divergences(policy, ref, xs, ys), ids, drawn, 2, args.batch_size, "KL")
+    kls = compute_in_batches(lambda xs, ys: divergences(policy, ref, xs, ys), ids, drawn, 2, args.batch_size, "KL")
     mean = lambda values: torch.stack([torch.as_tensor(of_prompt).double().mean() for of_prompt in values])
     per_prompt = dict(win_rate=win_shares(rewards_, reference_rewards), kl=mean([x[:, 0] for x in kls]),
                       k1=mean([x[:, 1] for x in kls]), reward=mean(rewards_),
@@ -764,11 +766,11 @@ MT_BENCH_TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0,
 
 def bench(args):
     """Answers to the questions of AlpacaEval 2 or MT-Bench, in their formats; what turn N says, in OUT.turnN.jsonl."""
-    _, _, device = start(args.seed, args.timeout, args.threads)
+    _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out, skipped, cut = Path(args.out), {}, {}
     policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
     questions, stops = read_questions(args), sampling_stops(directory, tokenizer)
-    about = vars(args) | dict(policy=fingerprint(directory), questions=file_sha256(args.questions))
+    about = vars(args) | dict(policy=model_fingerprint(directory), questions=file_sha256(args.questions))
 
     def compute(lacking):
         for temperature in sorted({questions[number]["temperature"] for number in lacking}):
@@ -787,18 +789,19 @@ def bench(args):
                 ids = prompt_ids(text, tokenizer, policy.config.vocab_size, args, cut, question["where"])
                 prompts[number] = Prompt(number, text, ids, [])
             except SkipRow as skip:
-                count(skipped, str(skip), question["where"])
-        rows = extended(out.with_suffix(f".turn{turn + 1}.jsonl"), about, prompts, compute, out)
+                count_skip(skipped, str(skip), question["where"])
+        rows = extend_rows(out.with_suffix(f".turn{turn + 1}.jsonl"), about, prompts, compute, out)
         for number, row in rows.items():
             questions[number]["messages"].append(dict(role="assistant", content=row["completions"][0].strip()))
             questions[number]["tstamp"] = row["tstamp"]
     answered = [question for question in questions if len(question["messages"]) == 2 * len(question["turns"])]
-    summary = f"{len(answered)} answers to {len(questions)} questions; skipped: {counted(skipped)}; cut: {counted(cut)}"
+    summary = (f"{len(answered)} answers to {len(questions)} questions; skipped: {describe_skips(skipped)}; cut:"
+               f" {describe_skips(cut)}")
     if not answered:
         raise UserError(f"{args.questions}: no answers: {summary}")
     rows = [bench_row(args.suite, question, args.model) for question in answered]
     text = as_lines(rows) if args.suite == "mt_bench" else json.dumps(rows, indent=2) + "\n"
-    say(f"{out}{on_rank_0(lambda: write_made(out, text))}: {summary}")
+    print_rank0(f"{out}{on_rank_0(lambda: write_once(out, text))}: {summary}")
 
 
 def read_questions(args):
@@ -1004,9 +1007,9 @@ def judge(args):
         request = dict(model=args.judge, messages=messages, **JUDGE_SAMPLING)
         identity = json.dumps(dict(request, about=about), sort_keys=True, separators=(",", ":"))
         wanted[hashlib.sha256(identity.encode()).hexdigest()] = about, request
-    ledger = held_rows(out, ["key", "verdict", "text"], ["key"])
+    ledger = read_own_rows(out, ["key", "verdict", "text"], ["key"])
     pending = [(key, [request]) for key, (_, request) in wanted.items() if key not in ledger]
-    say(f"{out}: {len(wanted)} verdicts wanted, {len(pending)} of them still to be asked of {args.judge}")
+    print_rank0(f"{out}: {len(wanted)} verdicts wanted, {len(pending)} of them still to be asked of {args.judge}")
     try:
         for key, (reply,) in ask_all(pending, args):
             verdict = (parse_rating if args.mt_bench else parse_choice)(reply["text"])
@@ -1023,7 +1026,7 @@ def judge(args):
         result |= (grade_result if args.mt_bench else comparison_result)(scored)
     # Malformed verdicts: in the judge's words; they are not scored.
     write_json(out.with_suffix(".summary.json"), vars(args) | result | dict(malformed_verdicts=malformed))
-    say(f"{json.dumps(result, indent=2)}\n-> {out.with_suffix('.summary.json')}")
+    print_rank0(f"{json.dumps(result, indent=2)}\n-> {out.with_suffix('.summary.json')}")
     if failed:
         raise failed
 
@@ -1079,7 +1082,7 @@ def read_run(directory):
     and data, fingerprints of the evaluation and of the pairs. Raises UserError."""
     metrics, golden = Path(directory, "metrics.jsonl"), Path(directory, "golden.jsonl")
     remedy = f"python evaluate.py golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {directory}"
-    logged, lines = (whole_lines(path) if path.is_file() else [] for path in (metrics, golden))
+    logged, lines = (read_whole_lines(path) if path.is_file() else [] for path in (metrics, golden))
     header, *steps = [row for _, row in logged] or [{}]
     args, points = header.get("args"), {}
     if not isinstance(args, dict) or args.get("loss") not in LOOKS or not steps:
@@ -1093,7 +1096,8 @@ def read_run(directory):
     if 0 not in points or len(points) == 1:
         raise UserError(f"{golden}: no line of step 0, the reference, or none after it: run {remedy}")
     if max(points) < header["steps"]:
-        say(f"{directory}: evaluated up to step {max(points)} of {header['steps']}: it stands for the final policy")
+        print_rank0(f"{directory}: evaluated up to step {max(points)} of {header['steps']}: it stands for the final"
+                    " policy")
     log_eps = args["log_eps"] if args["loss"].startswith("is_") else None
     points = [points[step] for step in sorted(points)]
     return args | {"name": directory, "log_eps": log_eps, "steps": steps, "points": points, "data": header.get("data"),
@@ -1219,7 +1223,7 @@ def plot(args):
     shown = [run for run in runs if run["log_eps"] in (None, args.log_eps)]
     if not shown:
         raise UserError(f"no run has log_eps {args.log_eps:g}, for figures 3, 4 and 6: choose another --log_eps")
-    say(f"figures 3, 4, 6: {len(shown)} of {len(runs)} runs, those without a log_eps or of {args.log_eps:g}")
+    print_rank0(f"figures 3, 4, 6: {len(shown)} of {len(runs)} runs, those without a log_eps or of {args.log_eps:g}")
     table = average(runs, lambda run: [run_numbers(run)], TABLE)
     points = average(shown, lambda run: run["points"], ["epoch", "win_rate", "sqrt_kl"], ["step"])
     size = math.ceil(max(len(run["steps"]) for run in shown) / 20)
@@ -1237,25 +1241,25 @@ def plot(args):
     if out.exists() and any(out.iterdir()) and not (out / "table1.jsonl").exists():
         raise UserError(f"{out} is not empty, and `plot` did not make it: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    lock(out)
+    lock_for_writing(out)
     finite = lambda rows: rows.replace(math.inf, "inf")  # JSON has no infinity
     as_json = dict(orient="records", lines=True, double_precision=15)
-    write_aside(out / "table1.jsonl", lambda aside: finite(table).to_json(aside, **as_json))
-    write_aside(out / "table1.md", lambda aside: aside.write_text(markdown_table(table)))
+    write_atomically(out / "table1.jsonl", lambda aside: finite(table).to_json(aside, **as_json))
+    write_atomically(out / "table1.md", lambda aside: aside.write_text(markdown_table(table)))
     for stale in out.glob("figure5.*"):  # it would pass for one of these runs
         stale.unlink()
     for name, (rows, figure) in figures.items():
         legend = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}  # once
         figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend))
-        write_aside(out / f"{name}.png", lambda aside: figure.savefig(aside, format="png", dpi=150))
-        write_aside(out / f"{name}.jsonl", lambda aside: finite(rows).to_json(aside, **as_json))
-    say(f"{out}: {', '.join(sorted(figures))} and table1.md of {len(runs)} runs")
+        write_atomically(out / f"{name}.png", lambda aside: figure.savefig(aside, format="png", dpi=150))
+        write_atomically(out / f"{name}.jsonl", lambda aside: finite(rows).to_json(aside, **as_json))
+    print_rank0(f"{out}: {', '.join(sorted(figures))} and table1.md of {len(runs)} runs")
 
 
 def main():
     args = parse_args()
     if args.command in ("judge", "plot"):
-        start(0, 60, 0)  # one process; guard takes leave of its group
+        init_distributed(0, 60, 0)  # one process; run_main takes leave of its group
     return dict(sample=sample, label=label, golden=golden, bench=bench, judge=judge, plot=plot)[args.command](args)
 
 
@@ -1309,7 +1313,7 @@ def batch_tensors(rows, predict, device, **lists):
     return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
 
 
-def deal(lengths, micro_batch_size, world):
+def split_into_micro_batches(lengths, micro_batch_size, world):
     """Deal a step's examples, whose token counts are `lengths`, to micro-batches -> rounds[k][rank] = [example].
 
     Longest first, neighbours together: little padding, and the ranks of a round work for about the same time. Every
@@ -1375,7 +1379,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Linear(nn.Linear):
+class CastLinear(nn.Linear):
     """In the dtype of its input: the float32 master weight is cast where it is used (FSDP2 has cast it already)."""
 
     def forward(self, x):
@@ -1393,10 +1397,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = Linear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
+        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
     def project(self, x, cos, sin):
         """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
@@ -1417,9 +1421,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -1472,7 +1476,7 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
-def build(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
+def build_model(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
     """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each
     rank, or with `shard` FSDP2's share of it."""
     with torch.device("meta"):
@@ -1480,7 +1484,7 @@ def build(make, device, precision, shard=False, compile_layers=False, checkpoint
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
     if compile_layers:
-        say("compiling the layers with the first steps: minutes")
+        print_rank0("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     if shard:  # bf16 products; float32 gradients and their sums
@@ -1500,7 +1504,7 @@ class RewardModel(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.model = LlamaModel(c)
-        self.score = Linear(c.hidden_size, 1, bias=False)
+        self.score = CastLinear(c.hidden_size, 1, bias=False)
 
     def forward(self, ids, positions, segments, predict, prompt=0):
         """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
@@ -1510,4 +1514,4 @@ class RewardModel(nn.Module):
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -43,10 +43,10 @@ from tqdm import tqdm
 
 from kernels.logprob import linear_sequence_logps
 from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint
-from plumbing.data import SkipRow, load_rows, load_tokenizer, render_chat, template_stop
-from plumbing.process import (UserError, catch_signals, guard, on_rank_0, read_json, read_tensors, say, start,
-                              write_tensors)
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, due, open_tracker,
+from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
+from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json,
+                              read_tensors, run_main, write_tensors)
+from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
                           parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
@@ -262,7 +262,7 @@ def collate_pairs(pairs, shared_prompt, device):
 def all_logps(policy, pairs, args, rank, world, device, desc=None):
     """Summed log-probs of every pair (P, 2) in nats, float32, on every rank: chosen, rejected. The training's path."""
     logps = torch.zeros(len(pairs), 2, device=device)
-    rounds = deal([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
+    rounds = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
     for micro in tqdm(rounds, desc=desc, disable=rank > 0 or not sys.stderr.isatty(), leave=False):
         picked = micro[rank] or [0]  # an idle rank computes pair 0, so that sharded collectives match
         result = policy(**collate_pairs([pairs[i] for i in picked], args.shared_prompt, device))[0].view(-1, 2)
@@ -297,7 +297,7 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
     B = len(pairs)
     logps, ref_logps = torch.zeros(B, 2, device=device), to_device(ref_logps, device)
     lengths = to_device([[float(len(p.chosen)), float(len(p.rejected))] for p in pairs], device)
-    rounds, power = deal([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world), 1.0
+    rounds, power = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world), 1.0
     if args.ess_target:  # the log-ratios of the whole step first, by the same micro-batches: a forward more, and exact
         log_weights = (all_logps(policy, pairs, args, rank, world, device) - ref_logps.cpu()).sum(1)
         power = ess_power(log_weights, ess_target=args.ess_target, log_eps=args.log_eps)
@@ -322,7 +322,7 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
 # ------------------------------------------------------------------------------------------------------------- the run
 def main():
     args = parse_args()
-    rank, world, device = start(args.seed, args.timeout, args.threads)
+    rank, world, device = init_distributed(args.seed, args.timeout, args.threads)
     out, model_dir = Path(args.out), find_model(args.model)
     ref_dir = find_model(args.ref) if args.ref else model_dir
 
@@ -330,7 +330,8 @@ def main():
     header = on_rank_0(lambda: run_header("train_pref", args, world, device, dict(model=model_dir, ref=ref_dir)))
     resumed = on_rank_0(lambda: checkpoint_to_resume(out, header))
     if resumed == out / "final":
-        say(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed} --ref {ref_dir}")
+        print_rank0(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed} --ref"
+                    f" {ref_dir}")
         return 0
     on_rank_0(lambda: open_tracker(args.track, out, header["args"]))
     begin_dir = resumed or model_dir
@@ -339,7 +340,8 @@ def main():
     tokenizer, config, ref_config = load_tokenizer(model_dir), read_config(begin_dir), read_config(ref_dir)
     vocab_size = min(config.vocab_size, ref_config.vocab_size)
     if args.max_length > config.max_position_embeddings:
-        say(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings} positions")
+        print_rank0(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings}"
+                    " positions")
     limits = (tokenizer, vocab_size, args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
     eval_path = out / "data_eval.safetensors"
@@ -353,7 +355,7 @@ def main():
     @functools.cache
     def load(directory):
         how = (device, args.precision, args.shard, args.compile, args.checkpoint_activations)
-        return load_weights(build(lambda: Llama(read_config(directory), args.kernel), *how), directory)
+        return load_weights(build_model(lambda: Llama(read_config(directory), args.kernel), *how), directory)
 
     def reference(path, of_pairs, index):
         key = f"{header['ref']}-{header['data']}-{args.precision}"
@@ -371,21 +373,21 @@ def main():
     if begin_dir != ref_dir:
         load.cache_clear()  # one model in memory at a time
     policy = load(begin_dir)
-    files = model_files(begin_dir, tokenizer, template_stop(tokenizer))
+    files = model_files(begin_dir, tokenizer, assistant_stop_id(tokenizer))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)  # Appendix C
     state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0, spread="")
     if resumed:
         state = load_trainer(resumed, policy, optimizer)
-        say(f"resumed from {resumed}{state['spread']}")
+        print_rank0(f"resumed from {resumed}{state['spread']}")
     first = collate_pairs([pairs[0]], args.shared_prompt, device)
     model = policy
     if world > 1 and not args.shard:
         model = data_parallel(policy, lambda model: model(**first)[0].sum())
-    say(f"{args.loss}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters, {len(pairs)} pairs, {total}"
-        f" steps of {args.batch_size}, beta {args.beta:g}, weight cap {cap} nats, {world} x {header['device']},"
-        f" {args.precision} -> {out}")
+    size = sum(p.numel() for p in policy.parameters()) / 1e6
+    print_rank0(f"{args.loss}: {size:.2f}M parameters, {len(pairs)} pairs, {total} steps of {args.batch_size}, beta"
+                f" {args.beta:g}, weight cap {cap} nats, {world} x {header['device']}, {args.precision} -> {out}")
     if args.warmup_steps >= total:
-        say(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
         save_checkpoint(directory, policy, tokenizer, files, args.save_dtype, optimizer, state)
@@ -412,20 +414,21 @@ def main():
         if step == 1 and ref_dir == model_dir:  # the policy is the reference still: what differs is rounding
             spread = (logps.cpu() - ref).abs().max().item()
             state["spread"] = f"; before step 1 |log pi - log ref| was at most {spread:.1e} nats: rounding"
-            say(state["spread"].removeprefix("; "))
+            print_rank0(state["spread"].removeprefix("; "))
         count_step(state, applied=applied, n_tokens=n_tokens)
         metrics = preference_metrics(args, logps, ref.to(device), lengths)
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_pairs and due(step, args.eval_every, total):
+        if eval_pairs and is_due(step, args.eval_every, total):
             eval_logps = all_logps(policy, eval_pairs, args, rank, world, device, "evaluation")
             evaluated = preference_metrics(args, eval_logps, eval_ref_logps, eval_lengths)
             metrics |= {f"eval_{name}": value for name, value in evaluated.items()}
         log.write(step, metrics, step_line(step, total, metrics), applied)
         faint = faint + 1 if metrics["weights/mean"] < 0.01 or metrics["weights/ess"] < 0.02 * len(batch) else 0
         if faint == 10:
-            say("warning: for 10 steps the mean weight was under 0.01 or the ESS under 2% of the pairs: the policy has"
-                " left the pairs behind and learns next to nothing from them; lower --lr or raise --beta")
+            print_rank0("warning: for 10 steps the mean weight was under 0.01 or the ESS under 2% of the pairs: the"
+                        " policy has left the pairs behind and learns next to nothing from them; lower --lr or raise"
+                        " --beta")
 
         # Save, stop
         code = save_or_stop(out, state, signals, save, save_every=args.save_every, keep=args.keep,
@@ -435,11 +438,11 @@ def main():
 
     log.close()
     save_checkpoint(out / "final", policy, tokenizer, files, args.save_dtype)
-    say(f"done: {total} steps in {time.perf_counter() - began:.0f} s; policy in {out}/final")
+    print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; policy in {out}/final")
     evaluate, where = (shlex.quote(str(path)) for path in (HERE / "evaluate.py", out.resolve()))
     judge = f"--rm REWARD_MODEL --ref {shlex.quote(str(ref_dir.resolve()))} --data HELD_OUT"
     judge = "--preset toy" if args.preset == "toy" else judge
-    say(f"next: python {evaluate} golden {judge} {where} && python {evaluate} plot {where} --out {where}/figs")
+    print_rank0(f"next: python {evaluate} golden {judge} {where} && python {evaluate} plot {where} --out {where}/figs")
     return 0
 
 
@@ -536,7 +539,7 @@ def batch_tensors(rows, predict, device, **lists):
     return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
 
 
-def deal(lengths, micro_batch_size, world):
+def split_into_micro_batches(lengths, micro_batch_size, world):
     """Deal a step's examples, whose token counts are `lengths`, to micro-batches -> rounds[k][rank] = [example].
 
     Longest first, neighbours together: little padding, and the ranks of a round work for about the same time. Every
@@ -646,7 +649,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Linear(nn.Linear):
+class CastLinear(nn.Linear):
     """In the dtype of its input: the float32 master weight is cast where it is used (FSDP2 has cast it already)."""
 
     def forward(self, x):
@@ -664,10 +667,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = Linear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
+        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
     def project(self, x, cos, sin):
         """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
@@ -688,9 +691,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -743,7 +746,7 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
-def build(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
+def build_model(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
     """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each
     rank, or with `shard` FSDP2's share of it."""
     with torch.device("meta"):
@@ -751,7 +754,7 @@ def build(make, device, precision, shard=False, compile_layers=False, checkpoint
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
     if compile_layers:
-        say("compiling the layers with the first steps: minutes")
+        print_rank0("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     if shard:  # bf16 products; float32 gradients and their sums
@@ -772,7 +775,7 @@ class Llama(nn.Module):
     def __init__(self, c, kernel="auto"):
         super().__init__()
         self.model = LlamaModel(c)
-        self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.lm_head = None if c.tie_word_embeddings else CastLinear(c.hidden_size, c.vocab_size, bias=False)
         self.kernel = kernel
 
     def forward(self, ids, positions, segments, predict, targets, cu_seqlens, prompt=0):
@@ -785,4 +788,4 @@ class Llama(nn.Module):
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

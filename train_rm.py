@@ -40,10 +40,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, share_like
-from plumbing.data import SkipRow, load_rows, load_tokenizer, render_chat, template_stop
-from plumbing.process import UserError, catch_signals, guard, on_rank_0, read_json, say, start, write_aside
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, due, open_tracker,
+from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, shard_like
+from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
+from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main,
+                              write_atomically)
+from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
                           parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
@@ -91,7 +92,7 @@ def load_reward_model(model, directory, seed):
     # Drawn whole on CPU: ranks, sharded or not, begin with the same.
     score, generator = model.score.weight, torch.Generator().manual_seed(seed)
     std = (score.shape[1] + 1) ** -0.5
-    score.copy_(share_like(score, torch.empty(score.shape).normal_(std=std, generator=generator)))
+    score.copy_(shard_like(score, torch.empty(score.shape).normal_(std=std, generator=generator)))
     load_weights(model, directory, new=["score.weight"], drop=["lm_head.weight"])
     tied = " (tied: the embedding, which stays)" if read_config(directory).tie_word_embeddings else ""
     return f"lm_head.weight{tied} of {directory} dropped, score.weight new with std {std:.4f}, seed {seed}"
@@ -105,7 +106,7 @@ def choose_pad(tokenizer):
     special = [k for k, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True) if token.special]
     llama3 = tokenizer.get_vocab().get("<|finetune_right_pad_id|>")
     ids = [tokenizer.pad_token_id, llama3, tokenizer.bos_token_id, *special]
-    taken = (None, tokenizer.eos_token_id, tokenizer.unk_token_id, template_stop(tokenizer))
+    taken = (None, tokenizer.eos_token_id, tokenizer.unk_token_id, assistant_stop_id(tokenizer))
     pad = next((k for k in ids if k not in taken), None)
     if pad is None:
         raise UserError("the tokenizer has no special token besides EOS to pad with: set pad_token in"
@@ -164,7 +165,7 @@ def collate_responses(pairs, shared_prompt, device):
 def all_rewards(model, pairs, args, rank, world, device, desc):
     """The rewards of every pair (P, 2), float32, on every rank: chosen, rejected."""
     rewards = torch.zeros(len(pairs), 2, device=device)
-    rounds = deal([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
+    rounds = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
     for micro in tqdm(rounds, desc=desc, disable=rank > 0 or not sys.stderr.isatty(), leave=False):
         picked = micro[rank] or [0]  # an idle rank computes pair 0, so that sharded collectives match
         result = model(**collate_responses([pairs[i] for i in picked], args.shared_prompt, device)).view(-1, 2)
@@ -179,7 +180,7 @@ def reward_step(model, optimizer, pairs, args, rank, world, device):
     before the step, global gradient norm before clipping, and whether the update was finite and applied."""
     B = len(pairs)
     rewards = torch.zeros(B, 2, device=device)
-    rounds = deal([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
+    rounds = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
     for k, micro in enumerate(rounds):
         picked = micro[rank] or [0]  # an idle rank computes pair 0, times 0, so that collectives match
         # DDP sums the ranks' gradients once, with the last micro-batch; FSDP2 each time, as it keeps only its shard.
@@ -199,14 +200,14 @@ def reward_step(model, optimizer, pairs, args, rank, world, device):
 # ------------------------------------------------------------------------------------------------------------- the run
 def main():
     args = parse_args()
-    rank, world, device = start(args.seed, args.timeout, args.threads)
+    rank, world, device = init_distributed(args.seed, args.timeout, args.threads)
     out, model_dir = Path(args.out), find_model(args.model)
 
     # A new run, or one to go on with
     header = on_rank_0(lambda: run_header("train_rm", args, world, device, dict(model=model_dir)))
     resumed = on_rank_0(lambda: checkpoint_to_resume(out, header))
     if resumed == out / "final":
-        say(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed}")
+        print_rank0(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed}")
         return 0
     on_rank_0(lambda: open_tracker(args.track, out, header["args"]))
 
@@ -214,7 +215,8 @@ def main():
     begin_dir = resumed or model_dir
     tokenizer, config = load_tokenizer(model_dir), read_config(begin_dir)
     if args.max_length > config.max_position_embeddings:
-        say(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings} positions")
+        print_rank0(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings}"
+                    " positions")
     limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
     eval_path = out / "data_eval.safetensors"
@@ -225,9 +227,9 @@ def main():
 
     # Reward model and optimizer
     how = (device, args.precision, args.shard, args.compile, args.checkpoint_activations)
-    reward_model = build(lambda: RewardModel(config), *how)
-    say(load_reward_model(reward_model, begin_dir, args.seed))
-    files = model_files(begin_dir, tokenizer, template_stop(tokenizer), pad_token_id=choose_pad(tokenizer),
+    reward_model = build_model(lambda: RewardModel(config), *how)
+    print_rank0(load_reward_model(reward_model, begin_dir, args.seed))
+    files = model_files(begin_dir, tokenizer, assistant_stop_id(tokenizer), pad_token_id=choose_pad(tokenizer),
                         architectures=["LlamaForSequenceClassification"], id2label={"0": "reward"},
                         label2id={"reward": 0})
     del files["generation_config.json"]
@@ -235,15 +237,16 @@ def main():
     state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0)
     if resumed:
         state = load_trainer(resumed, reward_model, optimizer)
-        say(f"resumed from {resumed}")
+        print_rank0(f"resumed from {resumed}")
     first = collate_responses([pairs[0]], args.shared_prompt, device)
     model = reward_model
     if world > 1 and not args.shard:
         model = data_parallel(reward_model, lambda model: model(**first).sum())
-    say(f"reward model: {sum(p.numel() for p in reward_model.parameters()) / 1e6:.2f}M parameters, {len(pairs)} pairs,"
-        f" {total} steps of {args.batch_size}, {world} x {header['device']}, {args.precision} -> {out}")
+    size = sum(p.numel() for p in reward_model.parameters()) / 1e6
+    print_rank0(f"reward model: {size:.2f}M parameters, {len(pairs)} pairs, {total} steps of {args.batch_size},"
+                f" {world} x {header['device']}, {args.precision} -> {out}")
     if args.warmup_steps >= total:
-        say(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
         save_checkpoint(directory, reward_model, tokenizer, files, args.save_dtype, optimizer, state)
@@ -269,13 +272,13 @@ def main():
         metrics = reward_metrics(rewards, args.center)
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_pairs and due(step, args.eval_every, total):
+        if eval_pairs and is_due(step, args.eval_every, total):
             eval_rewards = all_rewards(reward_model, eval_pairs, args, rank, world, device, "evaluation")
             table = dict(step=step) | calibration(eval_rewards)
             metrics |= {f"eval_{name}": value for name, value in reward_metrics(eval_rewards, args.center).items()}
             metrics["eval_ece"] = table["ece"]
             text = json.dumps(table, indent=2)
-            on_rank_0(lambda: write_aside(out / "calibration.json", lambda aside: aside.write_text(text)))
+            on_rank_0(lambda: write_atomically(out / "calibration.json", lambda aside: aside.write_text(text)))
         log.write(step, metrics, reward_line(step, total, metrics), applied)
 
         # Save, stop
@@ -286,9 +289,9 @@ def main():
 
     log.close()
     save_checkpoint(out / "final", reward_model, tokenizer, files, args.save_dtype)
-    say(f"done: {total} steps in {time.perf_counter() - began:.0f} s; reward model in {out}/final")
+    print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; reward model in {out}/final")
     if (out / "calibration.json").exists():
-        say(reliability(read_json(out / "calibration.json")))
+        print_rank0(reliability(read_json(out / "calibration.json")))
     return 0
 
 
@@ -394,7 +397,7 @@ def batch_tensors(rows, predict, device, **lists):
     return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
 
 
-def deal(lengths, micro_batch_size, world):
+def split_into_micro_batches(lengths, micro_batch_size, world):
     """Deal a step's examples, whose token counts are `lengths`, to micro-batches -> rounds[k][rank] = [example].
 
     Longest first, neighbours together: little padding, and the ranks of a round work for about the same time. Every
@@ -504,7 +507,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Linear(nn.Linear):
+class CastLinear(nn.Linear):
     """In the dtype of its input: the float32 master weight is cast where it is used (FSDP2 has cast it already)."""
 
     def forward(self, x):
@@ -522,10 +525,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = Linear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
+        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
     def project(self, x, cos, sin):
         """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
@@ -546,9 +549,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -601,7 +604,7 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
-def build(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
+def build_model(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
     """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each
     rank, or with `shard` FSDP2's share of it."""
     with torch.device("meta"):
@@ -609,7 +612,7 @@ def build(make, device, precision, shard=False, compile_layers=False, checkpoint
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
     if compile_layers:
-        say("compiling the layers with the first steps: minutes")
+        print_rank0("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     if shard:  # bf16 products; float32 gradients and their sums
@@ -629,7 +632,7 @@ class RewardModel(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.model = LlamaModel(c)
-        self.score = Linear(c.hidden_size, 1, bias=False)
+        self.score = CastLinear(c.hidden_size, 1, bias=False)
 
     def forward(self, ids, positions, segments, predict, prompt=0):
         """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
@@ -639,4 +642,4 @@ class RewardModel(nn.Module):
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -34,10 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kernels.logprob import linear_sequence_logps
-from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, share_like
-from plumbing.data import SkipRow, load_rows, load_tokenizer, render_chat, template_stop
-from plumbing.process import UserError, catch_signals, guard, on_rank_0, read_json, say, start
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, due, open_tracker,
+from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, shard_like
+from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
+from plumbing.process import UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main
+from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
                           parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
@@ -95,7 +95,7 @@ def step_loss(model, examples, args, rank, world, device, train):
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
     n_tokens = sum(lengths) - sum(max(1, len(prompt)) for prompt, _ in examples)
     rows = pack(lengths, args.max_length)
-    rounds = deal([sum(lengths[i] for i in row) for row in rows], args.micro_batch_size, world)
+    rounds = split_into_micro_batches([sum(lengths[i] for i in row) for row in rows], args.micro_batch_size, world)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for k, micro in enumerate(rounds):
         picked = micro[rank] or [0]  # an idle rank computes row 0, times 0, so that collectives match
@@ -122,7 +122,7 @@ def init_weights(model, std, seed):
         elif name.endswith(".bias"):
             param.zero_()
         else:
-            param.copy_(share_like(param, torch.empty(param.shape).normal_(std=std, generator=generator)))
+            param.copy_(shard_like(param, torch.empty(param.shape).normal_(std=std, generator=generator)))
     return model
 
 
@@ -160,14 +160,14 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------------------- the run
 def main():
     args = parse_args()
-    rank, world, device = start(args.seed, args.timeout, args.threads)
+    rank, world, device = init_distributed(args.seed, args.timeout, args.threads)
     out, model_dir = Path(args.out), find_model(args.model)
 
     # A new run, or one to go on with
     header = on_rank_0(lambda: run_header("train_sft", args, world, device, dict(model=model_dir)))
     resumed = on_rank_0(lambda: checkpoint_to_resume(out, header))
     if resumed == out / "final":
-        say(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed}")
+        print_rank0(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed}")
         return 0
     on_rank_0(lambda: open_tracker(args.track, out, header["args"]))
 
@@ -175,7 +175,8 @@ def main():
     begin_dir = resumed or model_dir
     tokenizer, config = load_tokenizer(model_dir), read_config(begin_dir)
     if args.max_length > config.max_position_embeddings:
-        say(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings} positions")
+        print_rank0(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings}"
+                    " positions")
     limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length)
     examples = load_rows(out / "data.safetensors", header, Example, split_example, args.data, False, RECIPES, *limits)
     eval_path = out / "data_eval.safetensors"
@@ -186,25 +187,26 @@ def main():
 
     # Policy and optimizer
     how = (device, args.precision, args.shard, args.compile, args.checkpoint_activations)
-    policy = build(lambda: Llama(config, args.kernel), *how)
+    policy = build_model(lambda: Llama(config, args.kernel), *how)
     if args.model.endswith("config.json") and not resumed:
         init_weights(policy, config.initializer_range, args.seed)
     else:
         load_weights(policy, begin_dir)
-    files = model_files(begin_dir, tokenizer, template_stop(tokenizer))
+    files = model_files(begin_dir, tokenizer, assistant_stop_id(tokenizer))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)  # Appendix C
     state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0)
     if resumed:
         state = load_trainer(resumed, policy, optimizer)
-        say(f"resumed from {resumed}")
+        print_rank0(f"resumed from {resumed}")
     first = collate_examples([[examples[0]]], device)
     model = policy
     if world > 1 and not args.shard:
         model = data_parallel(policy, lambda model: model(**first)[0].sum())
-    say(f"sft: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters, {len(examples)} examples, {total}"
-        f" steps of {args.batch_size}, {world} x {header['device']}, {args.precision} -> {out}")
+    size = sum(p.numel() for p in policy.parameters()) / 1e6
+    print_rank0(f"sft: {size:.2f}M parameters, {len(examples)} examples, {total} steps of {args.batch_size}, {world} x"
+                f" {header['device']}, {args.precision} -> {out}")
     if args.warmup_steps >= total:
-        say(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
         save_checkpoint(directory, policy, tokenizer, files, args.save_dtype, optimizer, state)
@@ -231,7 +233,7 @@ def main():
         metrics = {"loss": loss.item()}
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_examples and due(step, args.eval_every, total):
+        if eval_examples and is_due(step, args.eval_every, total):
             metrics["eval_loss"] = step_loss(policy, eval_examples, args, rank, world, device, train=False).item()
         line = (f"step {step}/{total} | loss {metrics['loss']:.4f} | norm {grad_norm:.3f} | lr {lr:.2e}"
                 f" | {1e3 * step_s:.0f} ms | {metrics['tokens_per_s']:.0f} tok/s")
@@ -247,7 +249,7 @@ def main():
 
     log.close()
     save_checkpoint(out / "final", policy, tokenizer, files, args.save_dtype)
-    say(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
+    print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
     return 0
 
 
@@ -301,7 +303,7 @@ def batch_tensors(rows, predict, device, **lists):
     return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
 
 
-def deal(lengths, micro_batch_size, world):
+def split_into_micro_batches(lengths, micro_batch_size, world):
     """Deal a step's examples, whose token counts are `lengths`, to micro-batches -> rounds[k][rank] = [example].
 
     Longest first, neighbours together: little padding, and the ranks of a round work for about the same time. Every
@@ -411,7 +413,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Linear(nn.Linear):
+class CastLinear(nn.Linear):
     """In the dtype of its input: the float32 master weight is cast where it is used (FSDP2 has cast it already)."""
 
     def forward(self, x):
@@ -429,10 +431,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = Linear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.o_proj = Linear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
+        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
+        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
     def project(self, x, cos, sin):
         """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
@@ -453,9 +455,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -508,7 +510,7 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
-def build(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
+def build_model(make, device, precision, shard=False, compile_layers=False, checkpoint_activations=False):
     """make() -> a module whose `model` is the body, with float32 weights allocated but not yet filled: whole on each
     rank, or with `shard` FSDP2's share of it."""
     with torch.device("meta"):
@@ -516,7 +518,7 @@ def build(make, device, precision, shard=False, compile_layers=False, checkpoint
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
     if compile_layers:
-        say("compiling the layers with the first steps: minutes")
+        print_rank0("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     if shard:  # bf16 products; float32 gradients and their sums
@@ -537,7 +539,7 @@ class Llama(nn.Module):
     def __init__(self, c, kernel="auto"):
         super().__init__()
         self.model = LlamaModel(c)
-        self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.lm_head = None if c.tie_word_embeddings else CastLinear(c.hidden_size, c.vocab_size, bias=False)
         self.kernel = kernel
 
     def forward(self, ids, positions, segments, predict, targets, cu_seqlens, prompt=0):
@@ -550,4 +552,4 @@ class Llama(nn.Module):
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -13,7 +13,8 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from plumbing.process import UserError, file_sha256, on_rank_0, open_safetensors, read_json, say, write_aside
+from plumbing.process import (UserError, file_sha256, on_rank_0, open_safetensors, print_rank0, read_json,
+                              write_atomically)
 
 
 # -------------------------------------------------------------------------------------------------------------- to read
@@ -36,13 +37,13 @@ def file_sha256s(directory, *patterns):
         return {str(path.relative_to(directory)): digest for path, digest in digests if path.name != "manifest.json"}
 
 
-def fingerprint(directory):
+def model_fingerprint(directory):
     """Of a model directory: its weights, config and tokenizer."""
     digests = file_sha256s(directory, "*.safetensors", "*.json", "*.jinja", "*.model")
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
-def verify(directory, ours=False):
+def verify_checkpoint(directory, ours=False):
     """Check a checkpoint of ours against its manifest; with neither that nor trainer/ it may be somebody else's.
     UserError names the first of weights and trainer/ that is not what was written; an edited text is warned of."""
     state = (directory / "trainer").exists()  # older checkpoints may have let go of it, see --keep_state
@@ -56,10 +57,10 @@ def verify(directory, ours=False):
             if strict or name not in found:
                 raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
                                 f" {directory} and go on from the checkpoint before")
-            say(f"warning: {directory / name} was edited; it is used as it is")
+            print_rank0(f"warning: {directory / name} was edited; it is used as it is")
 
 
-def share_like(param, tensor):
+def shard_like(param, tensor):
     """A whole tensor -> this rank's share of it, laid out like `param`."""
     tensor = tensor.to(param.device, param.dtype)
     if isinstance(param, DTensor):
@@ -83,7 +84,7 @@ def load_weights(model, directory, new=(), drop=()):
     """Fill every parameter from the directory's safetensors, one or sharded; all ranks call it. Strict: UserError names
     a missing, extra or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop`
     unread. Returns the model."""
-    on_rank_0(lambda: verify(directory))
+    on_rank_0(lambda: verify_checkpoint(directory))
     master = directory / "trainer" / "weights"  # float32, where the model itself was saved in bf16
     files = open_weights(master if master.exists() else directory)
     params = {name: param for name, param in model.named_parameters() if name not in new}
@@ -101,7 +102,7 @@ def load_weights(model, directory, new=(), drop=()):
         if tensor.shape != param.shape or tensor.dtype.itemsize < 2 or not tensor.dtype.is_floating_point:
             raise UserError(f"{directory}: {name} is {tensor.dtype} {list(tensor.shape)}; config.json says"
                             f" {list(param.shape)}, and quantized weights are not read")
-        param.copy_(share_like(param, tensor))
+        param.copy_(shard_like(param, tensor))
     return model
 
 
@@ -156,7 +157,7 @@ def save_checkpoint(directory, model, tokenizer, files, save_dtype, optimizer=No
                 save(trainer / "weights", params)
             for key in ("exp_avg", "exp_avg_sq") if optimizer.state else ():
                 save(trainer / key, {name: optimizer.state[param][key] for name, param in params.items()})
-        on_rank_0(lambda: write_aside(directory, finish))
+        on_rank_0(lambda: write_atomically(directory, finish))
     except UserError as error:
         on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
         raise UserError(f"cannot write {directory}: {error}; earlier checkpoints are intact") from None
@@ -170,7 +171,7 @@ def load_trainer(directory, model, optimizer):
     for key in ("exp_avg", "exp_avg_sq") if state["updates"] else ():
         files = open_weights(trainer / key)
         for name, param in model.named_parameters():
-            moment = torch.zeros_like(param).copy_(share_like(param, files[name].get_tensor(name)))
+            moment = torch.zeros_like(param).copy_(shard_like(param, files[name].get_tensor(name)))
             updates = torch.tensor(float(state["updates"]), device=param.device)
             optimizer.state[param] |= {key: moment, "step": updates}
     rng = open_safetensors(trainer / "rng.safetensors")
@@ -186,7 +187,7 @@ def checkpoints(out):
     return sorted(paths, key=lambda path: int(path.name[5:]))
 
 
-def prune(out, keep, keep_state):
+def prune_checkpoints(out, keep, keep_state):
     """Delete all but the newest `keep` checkpoints, and trainer/ of all but the newest `keep_state` (0: none), each
     renamed first so that none is half there."""
     steps = checkpoints(out)

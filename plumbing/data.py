@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.process import UserError, on_rank_0, open_safetensors, read_tensors, say, write_tensors
+from plumbing.process import UserError, on_rank_0, open_safetensors, read_tensors, print_rank0, write_tensors
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -25,12 +25,12 @@ class SkipRow(Exception):
     """This data row cannot be used; the message is the kind it is counted under."""
 
 
-def count(kinds, kind, where):
+def count_skip(kinds, kind, where):
     """One more of a kind; the place of the first is kept."""
     kinds.setdefault(str(kind), [0, where])[0] += 1
 
 
-def counted(kinds):
+def describe_skips(kinds):
     return ", ".join(f"{n} {kind} (first {where})" for kind, (n, where) in kinds.items()) or "none"
 
 
@@ -139,7 +139,7 @@ def stop_ids(tokenizer):
     return special - {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} | {tokenizer.eos_token_id}
 
 
-def cut_prompt(ids, tokenizer, limit):
+def truncate_prompt(ids, tokenizer, limit):
     """One BOS, if the tokenizer has one, then the prompt's end, at most `limit` ids -> ids, how many were cut."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = ids[1:] if bos and ids[:1] == bos else ids  # a chat template may have written it
@@ -147,7 +147,7 @@ def cut_prompt(ids, tokenizer, limit):
     return bos + ids[excess:], excess
 
 
-def end_response(ids, tokenizer, stops):
+def ensure_stop(ids, tokenizer, stops):
     """A response ends with the stop that the template or the sampler put there; EOS where there is none."""
     ids = ids if ids and ids[-1] in stops else ids + [tokenizer.eos_token_id]
     if len(ids) == 1:
@@ -189,17 +189,17 @@ def render_chat(tokenizer, prompt, response, tools=None):
     return prompt_text, text.rstrip() if text.rstrip().endswith(stops) else text
 
 
-def template_stop(tokenizer):
+def assistant_stop_id(tokenizer):
     """The id that ends an assistant's turn in the chat template; EOS where there is no template or it writes none."""
     try:
         _, text = render_chat(tokenizer, [dict(role="user", content="a")], [dict(role="assistant", content="b")])
     except (SkipRow, UserError):
         return tokenizer.eos_token_id
-    return end_response(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer, stop_ids(tokenizer))[-1]
+    return ensure_stop(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer, stop_ids(tokenizer))[-1]
 
 
 # ---------------------------------------------------------------------------------------- rows as token ids, once a run
-class TokenRows:
+class TokenizedRows:
     """Data rows as token ids, memory-mapped: rows[i] is a `kind` (Pair, Example) of lists of ids, a prompt and what
     follows it; index (P,) is the data row of each."""
 
@@ -217,8 +217,8 @@ class TokenRows:
 
 def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
     """Read, tokenize and cut data, once a run: rank 0 does it and writes `path`, all ranks map that file, and so does a
-    run that resumes. For split and limits see token_rows. -> TokenRows. The report of skipped rows, by kind with the
-    place of the first, is said each time. No source: no rows. Raises UserError where nothing is left."""
+    run that resumes. For split and limits see tokenize_rows. -> TokenizedRows. The report of skipped rows, by kind with
+    the place of the first, is said each time. No source: no rows. Raises UserError where nothing is left."""
     if not source:
         return []
     noun = f"{kind.__name__.lower()}s"
@@ -229,18 +229,18 @@ def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
             try:
                 return read_tensors(path, key)[1]
             except UserError as error:
-                say(f"{error}; made again")
+                print_rank0(f"{error}; made again")
         kinds, index, offsets, n = dict(skipped={}, cut={}), array("q"), array("q"), 0
         rows = enumerate(tqdm(read_rows(source, held_out, recipes), "tokenizing", disable=not sys.stderr.isatty()))
         with tempfile.TemporaryFile(dir=path.parent) as ids:  # a million rows are more than memory should hold
             while batch := list(itertools.islice(rows, 1000)):
-                for number, parts in token_rows(batch, kinds, split, *limits):
+                for number, parts in tokenize_rows(batch, kinds, split, *limits):
                     bounds = itertools.accumulate(map(len, parts), initial=offsets[-1] if offsets else 0)
                     offsets.extend(bounds)
                     index.append(number)
                     array("i", itertools.chain(*parts)).tofile(ids)
                 n = batch[-1][0] + 1
-            told = "; ".join(f"{what}: {counted(found)}" for what, found in kinds.items())
+            told = "; ".join(f"{what}: {describe_skips(found)}" for what, found in kinds.items())
             report = f"{source}: {len(index)} {noun} of {n} rows; {told}"
             if not index:
                 raise UserError(f"no usable {noun} in {report}")
@@ -250,11 +250,11 @@ def load_rows(path, header, kind, split, source, held_out, recipes, *limits):
             write_tensors(path, tensors, key, report)
         return report
 
-    say(on_rank_0(make))
-    return TokenRows(kind, path)
+    print_rank0(on_rank_0(make))
+    return TokenizedRows(kind, path)
 
 
-def token_rows(batch, kinds, split, tokenizer, vocab_size, max_length, max_prompt_length):
+def tokenize_rows(batch, kinds, split, tokenizer, vocab_size, max_length, max_prompt_length):
     """A batch of (number, (where, row)), tokenized together: tokenizers use all cores. split(row, tokenizer) -> prompt
     text or None, response texts. Yields (number, [prompt ids, response ids, ..]); the prompt keeps its end, a response
     that does not fit loses its own. What is skipped and cut is counted in `kinds`."""
@@ -265,29 +265,29 @@ def token_rows(batch, kinds, split, tokenizer, vocab_size, max_length, max_promp
             "".join([prompt or "", *responses]).encode()
             kept.append((number, where, prompt, responses))
         except SkipRow as kind:
-            count(kinds["skipped"], kind, where)
+            count_skip(kinds["skipped"], kind, where)
         except UnicodeEncodeError:  # half of a surrogate pair: JSON can hold it, no tokenizer takes it
-            count(kinds["skipped"], "broken Unicode", where)
+            count_skip(kinds["skipped"], "broken Unicode", where)
     prompts = encode(tokenizer, [prompt or "" for _, _, prompt, _ in kept], vocab_size)
     pairs = [(prompt or "", response) for _, _, prompt, responses in kept for response in responses]
     after = iter(encode_after(tokenizer, *map(list, zip(*pairs)), vocab_size) if pairs else [])
     for (number, where, prompt, responses), ids in zip(kept, prompts):
         responses = [next(after) for _ in responses]
-        ids, excess = cut_prompt(ids, tokenizer, max_prompt_length)
+        ids, excess = truncate_prompt(ids, tokenizer, max_prompt_length)
         if prompt is None and responses[0][:1] == ids:  # plain text: its first token is given, be it BOS or not
             responses = [responses[0][1:]]
         try:
             if not ids and prompt is not None:
                 raise SkipRow("empty prompt")
-            whole = [end_response(response, tokenizer, stops) for response in responses]
+            whole = [ensure_stop(response, tokenizer, stops) for response in responses]
             cut = [response[: max_length - len(ids)] for response in whole]
             if not all(cut):
                 raise SkipRow("no room for a response")
             if len(cut) == 2 and cut[0] == cut[1]:
                 raise SkipRow("identical once cut")
         except SkipRow as kind:
-            count(kinds["skipped"], kind, where)
+            count_skip(kinds["skipped"], kind, where)
             continue
         for what in ["prompt"] * bool(excess) + ["response"] * sum(a != b for a, b in zip(whole, cut)):
-            count(kinds["cut"], what, where)
+            count_skip(kinds["cut"], what, where)
         yield number, [ids, *cut]

@@ -28,7 +28,7 @@ class UserError(ValueError):
     code = 1
 
 
-def say(line):
+def print_rank0(line):
     """Print on rank 0, above the progress bar. A screen that is gone (| head, a closed terminal) stops nothing."""
     try:
         if int(os.environ.get("RANK", 0)) == 0:
@@ -38,7 +38,7 @@ def say(line):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def guard(main):
+def run_main(main):
     """Run main and turn a user's mistake into one line. Ranks above 0 let rank 0 speak first: torchrun ends them when
     it exits; if rank 0 saw nothing wrong, they speak for themselves."""
     code = None
@@ -56,7 +56,7 @@ def guard(main):
     sys.exit(code)
 
 
-def start(seed, timeout, threads):
+def init_distributed(seed, timeout, threads):
     """Join the process group -> rank, world, device. Without torchrun it is a group of one."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # PR_SET_PDEATHSIG: a worker whose torchrun was killed must not train on
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -89,12 +89,12 @@ def on_rank_0(function):
     return box[0]
 
 
-HELD = {}  # files whose locks last as long as the process, however it ends
+HELD_LOCKS = {}  # files whose locks last as long as the process, however it ends
 
 
-def lock(path):
+def lock_for_writing(path):
     """Keep other processes from writing `path`, a file or a directory. Raises UserError saying who does already."""
-    if path in HELD:
+    if path in HELD_LOCKS:
         return
     file = open(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), "a+")
     try:
@@ -105,7 +105,7 @@ def lock(path):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    HELD[path] = file
+    HELD_LOCKS[path] = file
 
 
 def catch_signals():
@@ -131,7 +131,7 @@ def peak_memory_gb():
 
 
 # --------------------------------------------------------------------------------------- files that are whole or absent
-def settle(path):
+def fsync_and_chmod(path):
     """Permissions from the umask (safetensors writes 0600), and fsync."""
     if path.is_file():
         umask = os.umask(0)
@@ -142,15 +142,15 @@ def settle(path):
     os.close(descriptor)
 
 
-def write_aside(path, write):
-    """write(temporary path), settle, rename: `path`, a file or directory, is whole or as it was. Raises UserError."""
+def write_atomically(path, write):
+    """write(temporary path), fsync, rename: `path`, a file or directory, is whole or as it was. Raises UserError."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
         write(aside)
         for written in (*aside.rglob("*"), aside):
-            settle(written)
+            fsync_and_chmod(written)
         os.replace(aside, path)
-        settle(path.parent)
+        fsync_and_chmod(path.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None
@@ -186,7 +186,7 @@ def tensors_sha256(tensors):
 def write_tensors(path, tensors, key, report=""):
     """A file of tensors that a run makes once, with what it was made of (`key`) and a checksum."""
     metadata = dict(key=key, report=report, sha256=tensors_sha256(tensors))
-    write_aside(path, lambda aside: save_file(tensors, aside, metadata))
+    write_atomically(path, lambda aside: save_file(tensors, aside, metadata))
 
 
 def read_tensors(path, key):

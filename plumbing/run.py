@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoint import checkpoints, fingerprint, prune, verify
+from plumbing.checkpoint import checkpoints, model_fingerprint, prune_checkpoints, verify_checkpoint
 from plumbing.data import TODAY
-from plumbing.process import UserError, file_sha256, lock, on_rank_0, peak_memory_gb, say, write_aside
+from plumbing.process import (UserError, file_sha256, lock_for_writing, on_rank_0, peak_memory_gb, print_rank0,
+                              write_atomically)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -114,7 +115,8 @@ def run_header(script, args, world, device, models):
     parts = dict.fromkeys([args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")])
     data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
     data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY)])
-    once = {directory: fingerprint(directory) for directory in {*models.values()}}  # a reference is mostly the model
+    # Once each: the reference is mostly the model.
+    once = {directory: model_fingerprint(directory) for directory in {*models.values()}}
     prints = dict(chat_date=str(TODAY)) | {role: once[directory] for role, directory in models.items()}
     prints["data"] = hashlib.sha256(data.encode()).hexdigest()[:16]
     versions = dict(torch=torch.__version__, python=sys.version.split()[0])
@@ -128,9 +130,9 @@ def checkpoint_to_resume(out, header):
     metrics = out / "metrics.jsonl"
     empty = all(path.name.startswith(".") for path in out.iterdir())  # or a kill left half of the very first file
     if empty or metrics.exists():
-        lock(out)
+        lock_for_writing(out)
     if empty and not metrics.exists():
-        write_aside(metrics, lambda aside: aside.write_text(json.dumps(header) + "\n"))
+        write_atomically(metrics, lambda aside: aside.write_text(json.dumps(header) + "\n"))
     try:
         lines = metrics.read_text().split("\n")
         found = json.loads(lines[0])
@@ -147,7 +149,7 @@ def checkpoint_to_resume(out, header):
     for leftover in (*out.glob(".step_*"), out / ".final.tmp"):  # of a kill: half a checkpoint written or deleted
         shutil.rmtree(leftover, ignore_errors=True)
     if (out / "final").exists():
-        verify(out / "final", ours=True)
+        verify_checkpoint(out / "final", ours=True)
         return out / "final"
     steps = checkpoints(out)
     if steps and not (steps[-1] / "trainer").exists():
@@ -174,7 +176,7 @@ def open_metrics(path, header, resumed):
         lines = path.read_text().split("\n")[: step + 1]
         if not lines[-1].startswith(f'{{"step": {step},'):
             raise UserError(f"{path} does not hold steps 1 to {step}, a line each: restore it, or choose another --out")
-    write_aside(path, lambda aside: aside.write_text("\n".join(lines) + "\n"))
+    write_atomically(path, lambda aside: aside.write_text("\n".join(lines) + "\n"))
     return path.open("a", buffering=1)
 
 
@@ -207,7 +209,7 @@ class StepLog:
         if not applied:
             line += " | NOT FINITE: skipped"
         if step % self.log_every == 0 or step == self.total or not applied:
-            say(line)
+            print_rank0(line)
         self.bar.update()
 
     def close(self):
@@ -234,7 +236,7 @@ def step_metrics(state, *, grad_norm, lr, epoch, n_tokens, step_s):
             "mem_gb": peak_memory_gb()}
 
 
-def due(step, every, total):
+def is_due(step, every, total):
     """Is it time for what happens every so many steps (0: never) and at the end?"""
     return every > 0 and (step % every == 0 or step == total)
 
@@ -250,11 +252,11 @@ def save_or_stop(out, state, signals, save, *, save_every, keep, keep_state):
     if signum or diverged or (save_every and step % save_every == 0):
         state["skipped_in_a_row"] %= 10  # whoever goes on after a divergence has ten more
         save(out / f"step_{step:06d}")
-        on_rank_0(lambda: prune(out, keep, keep_state))
+        on_rank_0(lambda: prune_checkpoints(out, keep, keep_state))
     if diverged:
         raise UserError(f"10 steps in a row had a loss or gradient that is not finite, up to step {step}: lower"
                         f" --lr, or look at the data; {out}/step_{step:06d} holds the last good step's weights")
     if signum:
-        say(f"stopped by signal {signum.item()} after step {step}; the same command goes on from there")
+        print_rank0(f"stopped by signal {signum.item()} after step {step}; the same command goes on from there")
         return 128 + signum.item()
     return 0

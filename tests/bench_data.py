@@ -91,7 +91,7 @@ def rank_main(kind, root, out, model, data):
     sys.path.insert(0, root)
     tp = importlib.import_module("train_pref")
     assert Path(tp.__file__).parent == Path(root)
-    tp.start(*(0, 600, 1)[: len(inspect.signature(tp.start).parameters)])
+    tp.init_distributed(*(0, 600, 1)[: len(inspect.signature(tp.init_distributed).parameters)])
     importlib.import_module("transformers.models.auto.tokenization_auto")
     tp.load_tokenizer(Path(model))  # its imports
     tp.dist.barrier()

@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     args = parser.parse_args()
-    rank, world, device = evaluate.start(0, 1800, 0)
+    rank, world, device = evaluate.init_distributed(0, 1800, 0)
     precision, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
     policy, tokenizer, _ = evaluate.load_model(str(args.model), evaluate.CausalLM, precision, device)
     peer = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()

@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import train_pref as tp
 from kernels import logprob
 from kernels.bench import Peak, environment, matmul_flops
-from plumbing.data import read_rows, token_rows
+from plumbing.data import read_rows, tokenize_rows
 
 SHAPES = {  # Llama-3.2's; toy is for the tests
     "toy": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -92,7 +92,7 @@ class Ours:
         self.pairs, self.device, self.c = pairs, device, tp.read_config(config_dir)
         words = f"--model m --data d --loss dpo --beta 0.1 --micro_batch_size {args.micro_batch_size}".split()
         self.args = tp.parse_args(words)
-        policy = tp.build(lambda: tp.Llama(self.c), device, self.args.precision)
+        policy = tp.build_model(lambda: tp.Llama(self.c), device, self.args.precision)
 
         def take(model):  # the very tensors of a transformers model, which has our names
             for name, param in model.named_parameters():
@@ -118,7 +118,7 @@ class Ours:
 
     def work(self):
         """-> tokens computed, of them padding, FLOPs."""
-        rounds = tp.deal([n_tokens([p]) for p in self.pairs], self.args.micro_batch_size, 1)
+        rounds = tp.split_into_micro_batches([n_tokens([p]) for p in self.pairs], self.args.micro_batch_size, 1)
         tokens, total = 0, 0.0
         for (micro,) in rounds:
             batch = tp.collate_pairs([self.pairs[i] for i in micro], True, "cpu")
@@ -137,7 +137,7 @@ class TRL:
         self.trainer, self.model, self.c, self.best, self.shipped, self.device = trainer, model, c, best, shipped, device
         examples = [dict(prompt_ids=list(p.prompt), chosen_ids=list(p.chosen), rejected_ids=list(p.rejected)) for p in pairs]
         size = micro_batch_size if best else len(pairs)
-        rounds = tp.deal([n_tokens([p]) for p in pairs], size, 1)
+        rounds = tp.split_into_micro_batches([n_tokens([p]) for p in pairs], size, 1)
         self.micro = [[examples[i] for i in round[0]] for round in rounds]
         self.pairs, self.reference_s = pairs, 0.0
         if best:
@@ -219,7 +219,7 @@ def main():
     args = parser.parse_args()
     if args.contestants[0] != "ours" or args.pairs % args.micro_batch_size:
         parser.error("--contestants begins with ours, and --micro_batch_size divides --pairs")
-    _, _, device = tp.start(0, 1800, 0)
+    _, _, device = tp.init_distributed(0, 1800, 0)
 
     # One model for all, and a reference beside it: were they equal the loss would be log 2 whatever is computed
     if args.shape:
@@ -242,7 +242,7 @@ def main():
             tokenizer = tp.load_tokenizer(tp.find_model(str(args.model)))
             limits = model.config.vocab_size, args.max_length, args.max_prompt_length
             rows = enumerate(read_rows(str(args.data), False, tp.RECIPES))
-            rows = token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, *limits)
+            rows = tokenize_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, *limits)
             pairs = [tp.Pair(*ids) for _, ids in rows]
             pairs = [pairs[i] for i in tp.epoch_order(len(pairs), 0, 0)[: args.pairs]]
         ours = Ours(args, Path(directory), model, ref, pairs, device)

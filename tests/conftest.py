@@ -150,7 +150,7 @@ def process_group():
     order they run, whoever needs it finds it."""
     import train_pref
 
-    rank, world, device = train_pref.start(0, 60, 1)
+    rank, world, device = train_pref.init_distributed(0, 60, 1)
     assert (rank, world) == (0, 1)
     yield device
     torch.distributed.destroy_process_group()

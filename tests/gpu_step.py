@@ -54,7 +54,7 @@ def steps(options, rank, world, device):
     c = LlamaConfig(**LLAMA3 | SHAPES[options.shape])
     precision = "bf16" if device.type == "cuda" else "fp32"
     how = (device, precision, options.shard, options.compile, options.checkpoint_activations)
-    policy = tp.build(lambda: tp.Llama(c, "auto"), *how)
+    policy = tp.build_model(lambda: tp.Llama(c, "auto"), *how)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, param in policy.named_parameters():
@@ -115,7 +115,7 @@ def main():
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     options = parser.parse_args()
-    rank, world, device = tp.start(0, 600, 0)
+    rank, world, device = tp.init_distributed(0, 600, 0)
     rows = attention(device) if options.attention else [steps(options, rank, world, device)]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     asked = {k: v for k, v in vars(options).items() if k not in ("out", "attention")}

@@ -167,7 +167,7 @@ def simulate(memory, shape, reward, shard, checkpoint_activations, lengths, laye
             with CPU:
                 return train_rm.RewardModel(c) if reward else train_pref.Llama(c, "triton")
 
-        model = body = script.build(make, CPU, "bf16", shard, False, checkpoint_activations)
+        model = body = script.build_model(make, CPU, "bf16", shard, False, checkpoint_activations)
         gc.collect()
         args = script.parse_args(["--model", "m", "--data", "d", "--micro_batch_size", str(MICRO)])
         pair = script.Pair(*([0] * n for n in lengths))

@@ -114,7 +114,7 @@ def child(script, argv, env, log, call, action):
         setattr(module, name, step)
     elif action is not None:
         action(None)
-    module.guard(module.main)
+    module.run_main(module.main)
 
 
 def launch(context, script, log, argv, world=1, call=0, action=None, on_rank=0):

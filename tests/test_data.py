@@ -17,7 +17,7 @@ from conftest import byte_tokenizer, load_rows
 import train_pref
 import train_sft
 from plumbing.data import read_jsonl, read_rows
-from train_pref import Pair, UserError, deal, epoch_order
+from train_pref import Pair, UserError, split_into_micro_batches, epoch_order
 from train_sft import Example, pack
 
 BOS, EOS = 256, 257
@@ -472,8 +472,8 @@ def test_deal():
     rng = random.Random(0)
     for n, micro_batch_size, world in itertools.product((*range(1, 20), 64), (1, 2, 3, 8), (1, 2, 3, 4, 7)):
         lengths = [rng.randint(1, 50) for _ in range(n)]
-        rounds = deal(lengths, micro_batch_size, world)
-        assert rounds == deal(lengths, micro_batch_size, world)
+        rounds = split_into_micro_batches(lengths, micro_batch_size, world)
+        assert rounds == split_into_micro_batches(lengths, micro_batch_size, world)
         assert len(rounds) == math.ceil(n / (micro_batch_size * world))  # no more forwards than needed
         assert all(len(ranks) == world for ranks in rounds)  # every rank takes part in every round
         groups = [group for ranks in rounds for group in ranks]

@@ -1,4 +1,4 @@
-"""Data is tokenized once a run: TokenRows hold what a row at a time would give, a second start reads them without
+"""Data is tokenized once a run: TokenizedRows hold what a row at a time would give, a second start reads them without
 touching the text, and a cache that is stale, foreign or damaged is never used silently."""
 
 import json
@@ -179,7 +179,7 @@ def model(tiny_llama, tmp_path_factory):
 def no_tokenizing(model):
     """In a trainer's process: its texts must not be looked at."""
     for script in (train_pref, train_sft):
-        plumbing.data.token_rows = plumbing.data.read_rows = forbidden
+        plumbing.data.tokenize_rows = plumbing.data.read_rows = forbidden
 
 
 def arguments(model, data, out):

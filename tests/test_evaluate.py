@@ -123,7 +123,7 @@ def test_completions_depend_on_nothing_else(tiny_llama, tmp_path, process_group)
 def test_what_is_sampled_is_what_was_asked(tiny_llama, tmp_path, process_group):
     """Chi-square: pairs of tokens after a prompt, against their exact probabilities by transformers' forward and warpers."""
     directory = tiny_llama(tmp_path / "m", vocab_size=12, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    policy, model = ev.build(lambda: ev.CausalLM(ev.read_config(directory)), CPU, "fp32"), None
+    policy, model = ev.build_model(lambda: ev.CausalLM(ev.read_config(directory)), CPU, "fp32"), None
     ev.load_weights(policy, directory)
     model = AutoModelForCausalLM.from_pretrained(directory).double()
     prompt, k = [5, 3, 7], 4000
@@ -209,7 +209,7 @@ class Enumerated:
                 for param in model.parameters():
                     param.normal_(std=0.5, generator=generator)
             model.save_pretrained(tmp_path / str(seed))
-            policy = ev.build(lambda c=ev.read_config(tmp_path / str(seed)): ev.CausalLM(c), CPU, "fp32")
+            policy = ev.build_model(lambda c=ev.read_config(tmp_path / str(seed)): ev.CausalLM(c), CPU, "fp32")
             ev.load_weights(policy, tmp_path / str(seed))
             self.models.append(model.double().eval())
             self.policies.append(policy)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train_pref
 import train_rm
 import train_sft
-from plumbing.checkpoint import checkpoints, verify
+from plumbing.checkpoint import checkpoints, verify_checkpoint
 from runs import finish, full_disk, kill_at_event, launch, obey_permissions, spoil
 
 ROOT = Path(train_pref.__file__).resolve().parent
@@ -64,7 +64,7 @@ def assert_same_run(a, b):
 
 
 def verified(checkpoint):
-    verify(checkpoint)
+    verify_checkpoint(checkpoint)
     return checkpoint
 
 
@@ -204,7 +204,7 @@ def test_flipped_bits_and_cut_files(straight, tmp_path, script, name, capsys):
     module = MODULES[script]
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json")
     contents = {path: path.read_bytes() for path in paths}
-    verify(directory)
+    verify_checkpoint(directory)
     assert not capsys.readouterr().out
     seen = set()
     for k in range(200 + 4 * len(paths)):
@@ -222,21 +222,21 @@ def test_flipped_bits_and_cut_files(straight, tmp_path, script, name, capsys):
         seen.add(strict)
         if strict or gone:
             with pytest.raises(module.UserError) as caught:
-                verify(directory)
+                verify_checkpoint(directory)
             assert str(path) in str(caught.value)
         else:
-            verify(directory)
+            verify_checkpoint(directory)
             assert capsys.readouterr().out == f"warning: {path} was edited; it is used as it is\n"
         path.write_bytes(contents[path])
-    verify(directory)
+    verify_checkpoint(directory)
     assert seen == {True, False} and not capsys.readouterr().out
     (directory / "other.safetensors").write_bytes(contents[directory / "model.safetensors"])  # weights from elsewhere
     with pytest.raises(module.UserError, match="other.safetensors"):
-        verify(directory)
+        verify_checkpoint(directory)
     (directory / "other.safetensors").unlink()
     (directory / "manifest.json").write_text("{")
     with pytest.raises(module.UserError, match="manifest.json"):
-        verify(directory)
+        verify_checkpoint(directory)
 
 
 # ------------------------------------------------------------------------------------------------------------------- NaN
@@ -363,7 +363,7 @@ def test_a_rank_dies_or_hangs(torchrun, tmp_path, fault):
     run = torchrun(timeout=4)
     os.kill(run.workers[1], fault)
     assert run.wait(4 + 30 + 8) != 0  # the rest is torchrun's own end
-    verify(checkpoints(tmp_path / "run")[-1])
+    verify_checkpoint(checkpoints(tmp_path / "run")[-1])
     assert int(checkpoints(tmp_path / "run")[-1].name[5:]) >= metrics_of(tmp_path / "run")[-1]["step"] - 1
 
 

@@ -109,7 +109,7 @@ def traced(script, bad):
             model = module.RewardModel(config) if script == "train_rm" else module.Llama(config, "torch")
         model.model.dtype = torch.bfloat16
         with FakeTensorMode(), Watch():
-            for name, param in list(model.named_parameters()):  # as build() does: to_empty() does not know fake tensors
+            for name, param in list(model.named_parameters()):  # as build_model() does: to_empty() does not know fake tensors
                 holder, _, leaf = name.rpartition(".")
                 empty = torch.nn.Parameter(torch.empty(param.shape, device=gpu))
                 setattr(model.get_submodule(holder), leaf, empty)

@@ -97,7 +97,7 @@ def trace(folder, device, precision, place="", bad=""):
             model.model.frequencies = OnGpu(model.model.frequencies)  # moved there once a run
         return model, *others
 
-    module.start, module.load_model = lambda *how: (0, 1, torch.device(device)), load_model
+    module.init_distributed, module.load_model = lambda *how: (0, 1, torch.device(device)), load_model
     module.PLAIN_PROMPT = 2 if precision == "fp32" else 256
     if device == "gpu":
         module.to_device = lambda values, device: OnGpu(torch.as_tensor(values))
@@ -125,7 +125,7 @@ def traces(folder, hows):
     import evaluate
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    evaluate.start(0, 60, 1)
+    evaluate.init_distributed(0, 60, 1)
     _setup_privateuseone_for_python_backend("gpu")
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(values, device=gpu) makes it on the CPU, then copies
     (folder / "log").write_text(json.dumps([trace(folder / str(i), *how) for i, how in enumerate(hows)]))

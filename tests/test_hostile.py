@@ -50,8 +50,8 @@ def copy(tmp_path):
 
 def load(directory):
     """What a trainer does with --model before it trains."""
-    tp.model_files(directory, tokenizer := tp.load_tokenizer(directory), tp.template_stop(tokenizer))
-    return tp.load_weights(tp.build(lambda: tp.Llama(tp.read_config(directory), "torch"), "cpu", "fp32"), directory)
+    tp.model_files(directory, tokenizer := tp.load_tokenizer(directory), tp.assistant_stop_id(tokenizer))
+    return tp.load_weights(tp.build_model(lambda: tp.Llama(tp.read_config(directory), "torch"), "cpu", "fp32"), directory)
 
 
 def refused(directory, *words, by=load):

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import plumbing.checkpoint
 import train_pref
-from plumbing.checkpoint import verify
+from plumbing.checkpoint import verify_checkpoint
 from plumbing.data import encode
 from train_pref import Pair, UserError
 
@@ -51,7 +51,7 @@ SENTENCES = ["The quick brown fox jumps over the lazy dog.",
 def ours(directory, device="cpu", kernel="auto", precision="fp32", compile_layers=False, checkpoint_activations=False):
     config = train_pref.read_config(directory)
     how = (torch.device(device), precision, False, compile_layers, checkpoint_activations)
-    return train_pref.load_weights(train_pref.build(lambda: train_pref.Llama(config, kernel), *how), directory)
+    return train_pref.load_weights(train_pref.build_model(lambda: train_pref.Llama(config, kernel), *how), directory)
 
 
 def theirs(directory, attention="sdpa"):
@@ -384,7 +384,7 @@ def test_precisions_on_gpu(tiny_llama, tmp_path, process_group):
 def save(directory, source, model=None):
     """What a trainer does at its end."""
     tokenizer = train_pref.load_tokenizer(source)
-    files = train_pref.model_files(source, tokenizer, train_pref.template_stop(tokenizer))
+    files = train_pref.model_files(source, tokenizer, train_pref.assistant_stop_id(tokenizer))
     train_pref.save_checkpoint(directory, model or ours(source), tokenizer, files, "fp32")
     return directory
 
@@ -588,7 +588,7 @@ def test_damaged_checkpoint(tiny_llama, tmp_path, capsys):
     """One flipped bit in the weights of a checkpoint of ours, or any file gone, is refused by name before anything is used;
     a text that somebody edited is named, and used."""
     out = save(tmp_path / "step_000001", tiny_llama(tmp_path / "m"))
-    verify(out)
+    verify_checkpoint(out)
     names = {path.name for path in out.iterdir()} - {"manifest.json"}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     for path in (out / name for name in names):
@@ -604,7 +604,7 @@ def test_damaged_checkpoint(tiny_llama, tmp_path, capsys):
             assert f"warning: {path} was edited" in capsys.readouterr().out
         path.unlink()
         with pytest.raises(UserError, match=path.name):
-            verify(out)
+            verify_checkpoint(out)
         path.write_bytes(good)
     (out / "extra.safetensors").write_bytes((out / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="extra.safetensors"):

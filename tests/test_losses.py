@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_pref as tp
-from plumbing.data import read_rows, token_rows
+from plumbing.data import read_rows, tokenize_rows
 
 LOG_2 = math.log(2)
 
@@ -308,12 +308,12 @@ def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt, process_group
     data.write_text("".join(json.dumps(row) + "\n" for row in setup.rows))
     tokenizer = tp.load_tokenizer(setup.policy_dir)
     rows = list(enumerate(read_rows(str(data), False, {})))
-    numbered = list(token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, 272, 128, 96))
+    numbered = list(tokenize_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, 272, 128, 96))
     assert [number for number, _ in numbered] == list(range(6))
     pairs = [tp.Pair(*ids) for _, ids in numbered]
     for pair, example in zip(pairs, examples):
         assert list(pair) == [list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
-    policy, ref = (tp.load_weights(tp.build(lambda: tp.Llama(tp.read_config(d), "torch"), "cpu", "fp32"), d)
+    policy, ref = (tp.load_weights(tp.build_model(lambda: tp.Llama(tp.read_config(d), "torch"), "cpu", "fp32"), d)
                    for d in (setup.policy_dir, setup.ref_dir))
     batch = tp.collate_pairs(pairs, shared_prompt, "cpu")
     logps = policy(**batch)[0].view(-1, 2)

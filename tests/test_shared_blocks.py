@@ -139,7 +139,7 @@ def out_of_place(text):
     if len(stretches) != 1:
         return [f"{len(stretches)} headings"]
     found = [f"{name} stands before the heading" for name, block in held.items() if block in before]
-    left = BLOCK.sub("", stretches[0]).replace('if __name__ == "__main__":\n    guard(main)\n', "").strip()
+    left = BLOCK.sub("", stretches[0]).replace('if __name__ == "__main__":\n    run_main(main)\n', "").strip()
     return found + ([f"between or after the blocks: {left[:200]}"] if left else [])
 
 
@@ -156,7 +156,7 @@ def test_a_block_out_of_place_is_seen():
     assert out_of_place(text.replace(heading, "")) == ["0 headings"]
     assert out_of_place(text.replace(block, heading + block)) == ["2 headings"]
     assert "between" in out_of_place(text.replace(block, "LIMIT = 3\n" + block))[0]
-    assert "after" in out_of_place(text + "\nguard(main)\n")[0]
+    assert "after" in out_of_place(text + "\nrun_main(main)\n")[0]
 
 
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *PLUMBING]), ids=lambda path: path.name)

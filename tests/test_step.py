@@ -33,7 +33,7 @@ def batch_of(module, lengths, seed=0):
 
 def make(module, config, precision="fp32", shard=False):
     kind = module.RewardModel if module is train_rm else lambda c: module.Llama(c, "torch")
-    return module.build(lambda: kind(config), "cpu", precision, shard)
+    return module.build_model(lambda: kind(config), "cpu", precision, shard)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention

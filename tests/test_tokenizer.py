@@ -16,8 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import train_pref
-from plumbing.data import (SkipRow, UserError, cut_prompt, encode, encode_after, end_response, load_tokenizer, render_chat,
-                           stop_ids, template_stop, token_rows)
+from plumbing.data import (SkipRow, UserError, truncate_prompt, encode, encode_after, ensure_stop, load_tokenizer, render_chat,
+                           stop_ids, assistant_stop_id, tokenize_rows)
 
 # Text and its ids in Llama 3's vocabulary. Non-ASCII is escaped, so that no editor can normalize it.
 LLAMA3_IDS = [
@@ -241,12 +241,12 @@ def no_bos(tmp_path_factory):
 ])
 def test_cut_prompt(ids, limit, expected, cut, byte):
     given = list(ids)
-    assert cut_prompt(given, byte, limit) == (expected, cut) and given == ids
+    assert truncate_prompt(given, byte, limit) == (expected, cut) and given == ids
 
 
 def test_cut_prompt_without_bos(no_bos):
-    assert cut_prompt([1, 2, 3], no_bos, 2) == ([2, 3], 1)
-    assert cut_prompt([], no_bos, 4) == ([], 0)
+    assert truncate_prompt([1, 2, 3], no_bos, 2) == ([2, 3], 1)
+    assert truncate_prompt([], no_bos, 4) == ([], 0)
 
 
 @pytest.mark.parametrize(("ids", "expected"), [
@@ -258,13 +258,13 @@ def test_cut_prompt_without_bos(no_bos):
 ])
 def test_end_response(ids, expected, byte):
     given = list(ids)
-    assert end_response(given, byte, {EOS, EOT}) == expected and given == ids
+    assert ensure_stop(given, byte, {EOS, EOT}) == expected and given == ids
 
 
 @pytest.mark.parametrize("ids", [[], [EOS], [EOT]])
 def test_end_response_refusals(ids, byte):
     with pytest.raises(SkipRow, match="empty response"):
-        end_response(ids, byte, {EOS, EOT})
+        ensure_stop(ids, byte, {EOS, EOT})
 
 
 def tokens(tokenizer, prompt, *responses, vocab_size=259, max_length=10**6, max_prompt_length=10**5):
@@ -272,7 +272,7 @@ def tokens(tokenizer, prompt, *responses, vocab_size=259, max_length=10**6, max_
     kinds = dict(skipped={}, cut={})
     split = lambda row, tokenizer: (row[0], list(row[1:]))
     batch = [(0, ("file:1", (prompt, *responses)))]
-    rows = list(token_rows(batch, kinds, split, tokenizer, vocab_size, max_length, max_prompt_length))
+    rows = list(tokenize_rows(batch, kinds, split, tokenizer, vocab_size, max_length, max_prompt_length))
     return rows[0][1] if rows else next(iter(kinds["skipped"]))
 
 
@@ -342,7 +342,7 @@ def test_ids_of_real_responses(sentencepiece, shared):
                  for row in rows[::2]]  # and responses that begin without a space
     split = lambda row, tokenizer: (row["prompt"], [row["chosen"], row["rejected"]])
     kinds = dict(skipped={}, cut={})
-    found = token_rows(list(enumerate(("", row) for row in rows)), kinds, split, sentencepiece, 10**6, 10**6, 10**5)
+    found = tokenize_rows(list(enumerate(("", row) for row in rows)), kinds, split, sentencepiece, 10**6, 10**6, 10**5)
     different = 0
     for row, (_, (prompt, *responses)) in zip(rows, found, strict=True):
         assert prompt == [sentencepiece.bos_token_id, *bare(sentencepiece, row["prompt"])]
@@ -496,7 +496,7 @@ def test_the_end_is_the_templates(instruct):
     """A conversation's response ends where transformers' rendering of it does, but for what follows the stop."""
     directory, eos, stop = instruct
     tokenizer = load_tokenizer(directory)
-    assert eos != stop and {eos, stop} <= stop_ids(tokenizer) and template_stop(tokenizer) == stop
+    assert eos != stop and {eos, stop} <= stop_ids(tokenizer) and assistant_stop_id(tokenizer) == stop
     assert_chat_is_whole(tokenizer, 272, stop)
     for prompt, response in CHATS:
         _, ids = tokens(tokenizer, *render_chat(tokenizer, prompt, response), vocab_size=272)
@@ -524,11 +524,11 @@ def test_a_saved_model_stops_at_both(instruct, tiny_llama, tmp_path, process_gro
     directory, eos, stop = instruct
     source, out = tiny_llama(tmp_path / "m"), tmp_path / "final"
     tokenizer = load_tokenizer(directory)
-    model = train_pref.build(lambda: train_pref.Llama(train_pref.read_config(source), "torch"), "cpu", "fp32")
+    model = train_pref.build_model(lambda: train_pref.Llama(train_pref.read_config(source), "torch"), "cpu", "fp32")
     for path in source.glob("tokenizer*"):
         path.unlink()
     (source / "generation_config.json").unlink()
-    files = train_pref.model_files(source, tokenizer, template_stop(tokenizer))
+    files = train_pref.model_files(source, tokenizer, assistant_stop_id(tokenizer))
     train_pref.save_checkpoint(out, train_pref.load_weights(model, source), tokenizer, files, "fp32")
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert sorted(loaded.generation_config.eos_token_id) == sorted([eos, stop])

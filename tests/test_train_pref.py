@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_pref as tp
-from plumbing.checkpoint import fingerprint
-from plumbing.data import read_jsonl, read_rows, token_rows
+from plumbing.checkpoint import model_fingerprint
+from plumbing.data import read_jsonl, read_rows, tokenize_rows
 from runs import Result, finish, launch, spoil
 
 ROOT = Path(tp.__file__).resolve().parent
@@ -100,7 +100,7 @@ SHAPES = {
 
 
 def load(directory, dtype=torch.float32):
-    model = tp.load_weights(tp.build(lambda: tp.Llama(tp.read_config(directory), "torch"), "cpu", "fp32"), directory)
+    model = tp.load_weights(tp.build_model(lambda: tp.Llama(tp.read_config(directory), "torch"), "cpu", "fp32"), directory)
     model.model.dtype = dtype
     return model.to(dtype)
 
@@ -108,7 +108,7 @@ def load(directory, dtype=torch.float32):
 def pairs_of(data, directory, max_length, max_prompt_length):
     limits = tp.load_tokenizer(directory), tp.read_config(directory).vocab_size, max_length, max_prompt_length
     rows = enumerate(read_rows(str(data), False, {}))
-    return [tp.Pair(*ids) for _, ids in token_rows(rows, dict(skipped={}, cut={}), tp.split_pair, *limits)]
+    return [tp.Pair(*ids) for _, ids in tokenize_rows(rows, dict(skipped={}, cut={}), tp.split_pair, *limits)]
 
 
 @pytest.fixture(scope="module", params=[*SHAPES, "stories260K"])
@@ -156,7 +156,7 @@ def test_micro_batches_do_not_wait_for_the_gpu(tiny_llama, tmp_path, process_gro
     directory, data = tiny_llama(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 8)
     pairs = pairs_of(data, directory, 224, 96)
     args = tp.parse_args([str(x) for x in flags("m", "d", "o", micro_batch_size=2)])
-    model = tp.build(lambda: tp.Llama(tp.read_config(directory)), process_group, "fp32")
+    model = tp.build_model(lambda: tp.Llama(tp.read_config(directory)), process_group, "fp32")
     tp.load_weights(model, directory)
     step = lambda: tp.train_step(model, None, pairs, torch.zeros(8, 2), args, 0, 1, process_group)
     monkeypatch.setattr(tp, "clip_and_step", lambda *_: (0.0, True))
@@ -386,7 +386,7 @@ def test_files_of_a_run(cli, model_dir, data, tmp_path):
     # Reference log-probs
     with safe_open(out / "ref_logps.safetensors", "pt") as file:
         assert set(file.keys()) == {"chosen", "rejected", "index"}
-        assert file.metadata()["key"] == f"{fingerprint(model_dir)}-{header['data']}-fp32"
+        assert file.metadata()["key"] == f"{model_fingerprint(model_dir)}-{header['data']}-fp32"
         chosen, rejected, index = (file.get_tensor(name) for name in ("chosen", "rejected", "index"))
     assert chosen.dtype == rejected.dtype == torch.float32 and index.dtype == torch.int64
     assert index.tolist() == [0, 2, *range(4, 12)] and chosen.shape == rejected.shape == index.shape

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_rm as rm
-from plumbing.data import read_rows, token_rows
+from plumbing.data import read_rows, tokenize_rows
 from runs import finish, spoil
 
 SOURCE = Path(rm.__file__).read_text()
@@ -50,7 +50,7 @@ def final(out):
 
 def load(directory, seed=0):
     """-> the reward model, what was said of its head."""
-    model = rm.build(lambda: rm.RewardModel(rm.read_config(directory)), "cpu", "fp32")
+    model = rm.build_model(lambda: rm.RewardModel(rm.read_config(directory)), "cpu", "fp32")
     return model, rm.load_reward_model(model, Path(directory), seed)
 
 
@@ -58,7 +58,7 @@ def pairs_of(data, directory, max_length=34):
     """The pairs; at 34 tokens some responses are cut and end with another token than EOS."""
     limits = rm.load_tokenizer(directory), rm.read_config(directory).vocab_size, max_length, 26
     rows = enumerate(read_rows(str(data), False, {}))
-    return [rm.Pair(*ids) for _, ids in token_rows(rows, dict(skipped={}, cut={}), rm.split_pair, *limits)]
+    return [rm.Pair(*ids) for _, ids in tokenize_rows(rows, dict(skipped={}, cut={}), rm.split_pair, *limits)]
 
 
 def responses(pairs):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_sft as sft
-from plumbing.data import read_rows, token_rows
+from plumbing.data import read_rows, tokenize_rows
 
-build = lambda config: sft.build(lambda: sft.Llama(config, "torch"), "cpu", "fp32")
+build = lambda config: sft.build_model(lambda: sft.Llama(config, "torch"), "cpu", "fp32")
 
 
 class Args:
@@ -42,7 +42,7 @@ def data(tmp_path_factory):
 def loaded(model_dir, data, process_group):
     model = sft.load_weights(build(sft.read_config(model_dir)), model_dir)
     rows, limits = enumerate(read_rows(str(data), False, {})), (sft.load_tokenizer(model_dir), 272, 48, 32)
-    rows = token_rows(rows, dict(skipped={}, cut={}), sft.split_example, *limits)
+    rows = tokenize_rows(rows, dict(skipped={}, cut={}), sft.split_example, *limits)
     return model, [sft.Example(*ids) for _, ids in rows]
 
 

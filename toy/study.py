@@ -189,7 +189,7 @@ def train_online(toy, beta, lr, seed):
 
 def run(out, seeds):
     if not torch.distributed.is_initialized():
-        ev.start(0, 60, 1)
+        ev.init_distributed(0, 60, 1)
     done = {(row["method"], row["beta"], row["lr"], row["seed"]) for row in read_rows()}
     references = [("reference", None, None, seed) for seed in seeds]
     for method, beta, lr, seed in references + [planned for planned in PLAN if planned[3] in seeds]:
