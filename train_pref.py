@@ -390,7 +390,8 @@ def main():
         print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
-        save_checkpoint(directory, policy, tokenizer, files, args.save_dtype, optimizer, state)
+        save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                        optimizer=optimizer, state=state)
 
     log = StepLog(out / "metrics.jsonl", header, resumed, steps_done=state["step"], total=total,
                   log_every=args.log_every, track=args.track)
@@ -437,7 +438,8 @@ def main():
             return code
 
     log.close()
-    save_checkpoint(out / "final", policy, tokenizer, files, args.save_dtype)
+    save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                    save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; policy in {out}/final")
     evaluate, where = (shlex.quote(str(path)) for path in (HERE / "evaluate.py", out.resolve()))
     judge = f"--rm REWARD_MODEL --ref {shlex.quote(str(ref_dir.resolve()))} --data HELD_OUT"
