@@ -53,29 +53,35 @@ def dpo_loss(pc, pr, rc, rr, *, beta, label_smoothing=0.0):
 def ipo_loss(pc, pr, rc, rr, *, beta, chosen_lengths=None, rejected_lengths=None):
     """(delta - 1/(2 beta))^2: Azar et al. 2024, Eq. 17. With lengths each rho is averaged over its response's tokens,
     as TRL does. The paper's f(x) = (x - 1)^2 at x = beta' delta is this curve at beta = beta'/2, times beta'^2."""
-    rho_w, rho_l = pc - rc, pr - rr
+    rho_w = pc - rc
+    rho_l = pr - rr
     if chosen_lengths is not None:
-        rho_w, rho_l = rho_w / chosen_lengths, rho_l / rejected_lengths
+        rho_w = rho_w / chosen_lengths
+        rho_l = rho_l / rejected_lengths
     return (rho_w - rho_l - 1 / (2 * beta)) ** 2
 
 
 def importance_weights(pc, pr, rc, rr, *, log_eps):
-    """w = exp(min(rho_w + rho_l, 2 log_eps)) (B,), detached: the paper's Eq. 13 with its misprints mended (README).
-    Each response's log-ratio may spend log_eps nats, the pair twice that; inf switches the cap off."""
+    """w = exp(min(rho_w + rho_l, 2 log_eps)) (B,), detached: the paper's Eq. 13, its misprints mended (listed in
+    bandit.py). Each response's log-ratio may spend log_eps nats, the pair twice that; inf switches the cap off. rc and
+    rr are the log-probs of whoever wrote the pair: the reference's, where nothing else is known."""
     return ((pc - rc) + (pr - rr)).detach().clamp(max=2 * log_eps).exp()
 
 
 def rpo_loss(pc, pr, rc, rr, *, beta, eta, chosen_lengths=None):
     """dpo - beta eta log pi(y_w): Liu et al. 2024 (RPO), summed log-prob as its authors run it; with lengths its token
     mean."""
-    nll = -pc if chosen_lengths is None else -pc / chosen_lengths
+    nll = -pc
+    if chosen_lengths is not None:
+        nll = nll / chosen_lengths
     return dpo_loss(pc, pr, rc, rr, beta=beta) + beta * eta * nll
 
 
 def chi_po_logits(pc, pr, rc, rr, *, beta):
     """beta (phi(rho_w) - phi(rho_l)), chi-PO's chi-squared plus KL link phi(rho) = exp(clip(rho, -88, 20)) + rho, as
     published. Like terms are subtracted first: beside exp(20) a float32 does not hold rho."""
-    rho_w, rho_l = pc - rc, pr - rr
+    rho_w = pc - rc
+    rho_l = pr - rr
     return beta * ((rho_w.clamp(-88, 20).exp() - rho_l.clamp(-88, 20).exp()) + (rho_w - rho_l))
 
 
