@@ -22,9 +22,13 @@ Errata: where the paper, its proofs and its released code disagree, these script
     Eq. 14      -pi(S)^2 times what is printed; S: the responses that the data can hold (`missing_support`).
     App. C      KL: the mean of log r + 1/r - 1 over y ~ pi, r = pi/ref. Printed: log r + r - 1; gives KL + chi-squared.
     IPO         (delta - 1/(2 beta))^2. Printed: (x - 1)^2 at x = beta' delta, which is beta'^2 times it at beta'/2.
-    train_is.py (released) has IS-DPO's line commented out and trains IS-IPO.
-    run_*.sh    (released) take 32 pairs a step for DPO, 128 for IS, 64 for RPO and Length-DPO, and 150 steps of
-                warm-up: 4,800 to 19,200 pairs. App. C, and the presets here: 64 and 100 for all.
+    IS-DPO      w times the dpo loss. In the release's cli/train_is_dpo.py that line is commented out: it trains IS-IPO.
+
+Taken from the release (github.com/mail-research/AIS-Sampling4DAAs), for Appendix C does not say it: 512 prompt tokens,
+AdamW's epsilon 1e-5, no weight decay, the cosine's floor of 10%, eta 0.005, alpha 0.01. Not taken: its scripts
+(scripts/train_IS/train_*.sh) give --batch_size x --gradient_accumulation_steps of 32 x 4 (dpo), 16 x 8 (is_dpo), 32 x 2
+(rpo) and 16 x 4 (length_dpo), and 150, 50, 100 and 150 steps of warm-up, where Appendix C has 64 and 100 for all; they
+clip gradients at 10, these scripts at 1.
 
 Units: log-probs, log-ratios and KL in nats; beta in units of the reward; float64. w, l: index of chosen, rejected.
 """

@@ -205,8 +205,9 @@ def trouble_with_weights(args, metrics, n_pairs):
 
 # ----------------------------------------------------------------------------------------------------------- the flags
 HERE = Path(__file__).resolve().parent
+# Appendix C of the paper; the 512 prompt tokens are its released code's.
 PAPER = dict(model="out/sft-tldr+hh/final", max_length=640, max_prompt_length=512, batch_size=64, micro_batch_size=4,
-             lr=1e-6, warmup_steps=100, beta=0.05, save_every=200, eval_every=200, keep_state=1)  # Appendix C
+             lr=1e-6, warmup_steps=100, beta=0.05, save_every=200, eval_every=200, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/truth_pairs.jsonl.gz", epochs=2, max_length=128,
                 eval_data=f"{HERE}/toy/truth_pairs_eval.jsonl.gz", max_prompt_length=96, batch_size=32, lr=2e-4,
@@ -407,6 +408,7 @@ def main():
     policy = load_policy(begin_dir)
     files = model_files(begin_dir, tokenizer, assistant_stop_id(tokenizer),
                         architectures=[architecture(config, "ForCausalLM")])
+    # AdamW is the paper's; this epsilon and no weight decay are its released code's.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
     state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0)
     if resumed:
@@ -610,8 +612,9 @@ def epoch_order(n, seed, epoch):
 
 
 def learning_rate(step, total, warmup_steps, peak):
-    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it at `total`; step counts from 1. A warm-up
-    that would not end within the run is a tenth of it; a run of one step takes the peak."""
+    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it (as in the paper's released code) at
+    `total`; step counts from 1. A warm-up that would not end within the run is a tenth of it; a run of one step takes
+    the peak."""
     if warmup_steps >= total:
         warmup_steps = total // 10
     if total == 1:

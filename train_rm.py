@@ -128,9 +128,9 @@ def choose_pad(tokenizer):
 
 # ----------------------------------------------------------------------------------------------------------- the flags
 HERE = Path(__file__).resolve().parent
+# Appendix C of the paper, with the policies' warm-up; the 512 prompt tokens are its released code's.
 PAPER = dict(model="out/sft-8b/final", epochs=1, max_length=640, max_prompt_length=512, batch_size=128,
-             micro_batch_size=4, lr=5e-6, warmup_steps=100, shard=True, save_every=500, eval_every=500,
-             keep_state=1)  # Appendix C; the warm-up is the policies'
+             micro_batch_size=4, lr=5e-6, warmup_steps=100, shard=True, save_every=500, eval_every=500, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/rm_pairs.jsonl.gz",
                 eval_data=f"{HERE}/toy/rm_pairs_eval.jsonl.gz", epochs=2, max_length=128, max_prompt_length=96,
@@ -450,8 +450,9 @@ def epoch_order(n, seed, epoch):
 
 
 def learning_rate(step, total, warmup_steps, peak):
-    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it at `total`; step counts from 1. A warm-up
-    that would not end within the run is a tenth of it; a run of one step takes the peak."""
+    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it (as in the paper's released code) at
+    `total`; step counts from 1. A warm-up that would not end within the run is a tenth of it; a run of one step takes
+    the peak."""
     if warmup_steps >= total:
         warmup_steps = total // 10
     if total == 1:

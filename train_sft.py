@@ -142,8 +142,9 @@ def init_weights(model, std, seed):
 
 # ----------------------------------------------------------------------------------------------------------- the flags
 HERE = Path(__file__).resolve().parent
+# Appendix C of the paper; the 512 prompt tokens are its released code's.
 PAPER = dict(model="meta-llama/Llama-3.2-3B", epochs=1, max_length=640, max_prompt_length=512, batch_size=64,
-             micro_batch_size=4, lr=1e-6, warmup_steps=100, save_every=500, eval_every=500, keep_state=1)  # Appendix C
+             micro_batch_size=4, lr=1e-6, warmup_steps=100, save_every=500, eval_every=500, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/base/config.json", data=f"{HERE}/toy/sft.jsonl.gz",
                 eval_data=f"{HERE}/toy/sft_eval.jsonl.gz", epochs=4, max_length=128, max_prompt_length=96,
@@ -349,8 +350,9 @@ def epoch_order(n, seed, epoch):
 
 
 def learning_rate(step, total, warmup_steps, peak):
-    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it at `total`; step counts from 1. A warm-up
-    that would not end within the run is a tenth of it; a run of one step takes the peak."""
+    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it (as in the paper's released code) at
+    `total`; step counts from 1. A warm-up that would not end within the run is a tenth of it; a run of one step takes
+    the peak."""
     if warmup_steps >= total:
         warmup_steps = total // 10
     if total == 1:
