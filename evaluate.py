@@ -109,6 +109,7 @@ class Cache:
 def cached_forward(model, ids, positions, segments, cache):
     """LlamaModel.forward of tokens (B, T) that follow those in the cache, which takes them in -> hidden (B, T, D)."""
     start, end = cache.length, cache.length + ids.shape[1]
+    segments = F.pad(segments, (ids.shape[1] - segments.shape[1], 0))  # the first columns may be prompt in every row
     cache.segments[:, start:end], cache.length = segments, end
     x, (cos, sin) = model.embed_tokens(ids).to(model.dtype), model.angles(positions)
     query, key = segments[:, None, :, None], cache.segments[:, None, None, :end]
@@ -270,7 +271,7 @@ def divergences(policy, ref, prompts, responses):
     rows, places = response_rows(prompts, responses)
     predict = [(row, start + t - 1 if t else len(prompts[row]) - 1) for row, start, y in places for t in range(len(y))]
     batch = batch_tensors(rows, predict, device_of(policy), targets=[token for *_, y in places for token in y])
-    where = batch["ids"], batch["positions"], batch["segments"], batch["prompt"]
+    where = batch["ids"], batch["positions"], batch["segments"]
     hidden = [m.model(*where).flatten(0, 1)[batch["predict"]] for m in (policy, ref)]
     steps = []
     for a, b, y in zip(*(h.split(max(1, 2**25 // policy.config.vocab_size)) for h in (*hidden, batch["targets"]))):
@@ -1073,7 +1074,7 @@ METHOD, SETTING = ["beta", "lr", "loss"], ["beta", "lr", "loss", "log_eps"]
 # What runs in one plot share, and what those of one setting share, too
 COMMON = ["protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length",
           "max_prompt_length"]
-OF_SETTING = ["label_smoothing", "length_average", "eta", "alpha", "r_max", "ess_target"]
+OF_SETTING = ["label_smoothing", "length_average", "eta", "alpha", "r_max"]
 
 
 def read_run(directory):
@@ -1292,25 +1293,33 @@ def split_demonstration(row):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
-PLAIN_PROMPT = 256  # columns, see batch_tensors
+PLAIN_PROMPT = 256  # columns of prompt from which on an attention of its own, without a mask, is faster
 
 
 def to_device(values, device):
     """A list of numbers or a tensor, there. To a GPU from pinned memory: the host need not wait until it is idle."""
     tensor = torch.as_tensor(values)
-    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def batch_tensors(rows, predict, device, **lists):
-    """Pad rows of (ids, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,).
-    `prompt`: as many of the first columns are prompt (segment 0) in every row; 0 if few: one attention is as fast."""
+    """Rows of (ids, positions, segments) -> {name: tensor on the device}: ids and positions (B, T), padded with 0;
+    segments (B, T - P), padded with -1, of all but the first P columns, which are prompt (segment 0) in every row;
+    `predict`, (row, column) of N places, as indices (N,) of the flattened (B, T); `lists` as they are."""
     T = max(len(ids) for ids, _, _ in rows)
-    for k, (name, value) in enumerate([("ids", 0), ("positions", 0), ("segments", -1)]):
-        lists[name] = [row[k] + [value] * (T - len(row[k])) for row in rows]
+    P = min(segments.count(0) for _, _, segments in rows)
+    if P < PLAIN_PROMPT:
+        P = 0
+    lists |= dict(ids=[], positions=[], segments=[])
+    for ids, positions, segments in rows:
+        n_pad = T - len(ids)
+        lists["ids"].append(ids + [0] * n_pad)
+        lists["positions"].append(positions + [0] * n_pad)
+        lists["segments"].append(segments[P:] + [-1] * n_pad)
     lists["predict"] = [b * T + t for b, t in predict]
-    prompt = min(segments.count(0) for _, _, segments in rows)
-    tensors = {name: to_device(values, device) for name, values in lists.items()}
-    return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
+    return {name: to_device(values, device) for name, values in lists.items()}
 
 
 def split_into_micro_batches(lengths, micro_batch_size, world):
@@ -1321,56 +1330,99 @@ def split_into_micro_batches(lengths, micro_batch_size, world):
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n_groups = world * math.ceil(len(order) / (micro_batch_size * world))
     bounds = [len(order) * g // n_groups for g in range(n_groups + 1)]
-    groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    groups = [order[start:end] for start, end in zip(bounds, bounds[1:])]
     return [groups[k : k + world] for k in range(0, n_groups, world)]
 # --- end shared: batches ---
 
 
 # --- shared: llama (train_sft, train_rm, train_pref, evaluate) ---
 def read_config(directory):
-    """config.json of either dialect -> transformers' LlamaConfig, which checks types and fills in defaults. Raises
-    UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
+    """config.json of either dialect -> transformers' LlamaConfig or its like, which checks types and fills in defaults.
+    Raises UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
     from transformers import AutoConfig
 
-    path, raw = directory / "config.json", read_json(directory / "config.json")
+    path = directory / "config.json"
+    raw = read_json(path)
     try:
         c = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads  # Qwen2's config has none
     except Exception as error:  # `transformers` raises KeyError, OSError, ValueError and classes of its own
         raise UserError(f"{path}: {error}") from None
     rope = getattr(c, "rope_parameters", None) or {}
-    for key, value, known in (("model_type", c.model_type, ["llama"]), ("hidden_act", c.hidden_act, ["silu"]),
-                              ("rope_type", rope.get("rope_type"), ["default", "llama3"]),
-                              ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0]),
-                              ("quantization_config", getattr(c, "quantization_config", None), [None])):
+
+    def must_be(key, value, known):
         if value not in known:
             raise UserError(f"{path}: {key} is {value!r:.100}; known: {', '.join(map(repr, known))}")
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    scaling = scaling if rope["rope_type"] == "llama3" else []
+
+    must_be("model_type", c.model_type, ["llama", "mistral", "qwen2", "qwen3"])
+    must_be("hidden_act", c.hidden_act, ["silu"])
+    must_be("rope_type", rope.get("rope_type"), ["default", "llama3"])
+    must_be("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0])
+    must_be("quantization_config", getattr(c, "quantization_config", None), [None])
+
+    # A default of these may fit the tensors' shapes and compute something else.
     given = raw | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-    for key in (*sizes, *scaling, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
-        value = rope[key] if key in rope else getattr(c, key, None)
-        if key in (*sizes, *scaling) and key not in given:
+    no_default = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    if rope["rope_type"] == "llama3":
+        no_default += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for key in no_default:
+        if key not in given:
             raise UserError(f"{path}: {key} is missing")
-        if type(value) not in (int, float) or not 0 < value < 1e12:
-            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
+    for key in (*no_default, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
+        value = rope[key] if key in rope else getattr(c, key, None)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
                         f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
     return c
 
 
+def architecture(c, head):
+    """The name that transformers gives this model with this head: LlamaForCausalLM, Qwen2ForSequenceClassification."""
+    return c.model_type.capitalize() + head
+
+
+def check_length(c, directory, length):
+    """Sequences of `length` tokens must be seen whole: UserError for a sliding window that is shorter. A warning where
+    the model has fewer positions."""
+    window = getattr(c, "sliding_window", None)
+    if window and window < length:
+        raise UserError(f"{directory / 'config.json'}: sliding_window is {window}, and sequences have up to {length}"
+                        " tokens: shorter ones (--max_length), or a model whose attention sees them whole")
+    if length > c.max_position_embeddings:
+        print_rank0(f"warning: up to {length} tokens, but {directory} has {c.max_position_embeddings} positions")
+
+
 def rope_frequencies(config):
     """Radians per position of each pair of dimensions (head_dim/2,), float32. llama3 (Llama 3.1) divides the low
     frequencies by `factor`, keeps the high ones, and goes linearly from one to the other between."""
-    rope, dim = config.rope_parameters, config.head_dim
+    rope = config.rope_parameters
+    dim = config.head_dim
     freqs = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     if rope["rope_type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)  # over the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
     return freqs
+
+
+def attention_mask(query, key, dtype):
+    """What each of the last Q of T columns may see, from the segments of the queries (B, Q) and of all columns (B, T)
+    -> (B, 1, Q, T), 0 or -inf, to be added to the scores. A query sees a key that is not later and is in its own
+    segment or in the prompt (0); padding (-1) sees padding."""
+    B, Q = query.shape
+    T = key.shape[1]
+    query = query[:, None, :, None]
+    key = key[:, None, None, :]
+    seen = ((query == key) | ((key == 0) & (query > 0))).tril(T - Q)
+    # Of booleans each layer would make its own numbers, and of rows that are no multiple of 16 long a GPU's kernels
+    # a copy.
+    padded_T = -(-T // 16) * 16
+    mask = torch.zeros(B, 1, Q, padded_T, dtype=dtype, device=seen.device)[..., :T]
+    return mask.masked_fill_(~seen, -math.inf)
 
 
 def rotate(x, cos, sin):
@@ -1394,36 +1446,54 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: each of the K key-value heads serves H/K query heads."""
+
     def __init__(self, c):
         super().__init__()
-        self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
-        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.H = c.num_attention_heads
+        self.K = c.num_key_value_heads
+        self.head_dim = c.head_dim
+        bias = getattr(c, "attention_bias", False)
+        qkv_bias = bias or c.model_type == "qwen2"  # its config does not say so
+        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=qkv_bias)
+        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=bias)
+        self.normed = c.model_type == "qwen3"  # each head's queries and keys, before they turn
+        if self.normed:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def project(self, x, cos, sin):
         """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
+        q = self.q_proj(x).unflatten(2, (self.H, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        if self.normed:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x, cos, sin, mask, prompt=0):
+    def forward(self, x, cos, sin, mask):
+        """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
-        out = F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask)  # (B, H, T - prompt, head_dim)
-        if prompt:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
-            q, k, v = (t[:, :, :prompt] for t in (q, k, v))
-            out = torch.cat((F.scaled_dot_product_attention(q, k, v, is_causal=True), out), dim=2)
+        k = k.repeat_interleave(self.H // self.K, dim=1)
+        v = v.repeat_interleave(self.H // self.K, dim=1)
+        P = x.shape[1] - mask.shape[2]
+        out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
+        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+            of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
+            out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        bias = getattr(c, "mlp_bias", False)
+        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -1432,18 +1502,19 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, prompt=0):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, prompt)
+    def forward(self, x, cos, sin, mask):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. The
-    first `prompt` columns are prompt in all rows."""
+    """The body: ids, positions (B, T), segments (B, T - P) -> hidden states (B, T, D). The first P columns are prompt
+    (segment 0) in every row. Module names are the checkpoint's."""
 
     def __init__(self, c):
         super().__init__()
@@ -1451,7 +1522,8 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.frequencies = rope_frequencies(c)
-        self.dtype, self.checkpoint_activations = torch.float32, False
+        self.dtype = torch.float32  # of the products; build_model sets it
+        self.checkpoint_activations = False
 
     def angles(self, positions):
         """-> cos, sin (B, 1, T, head_dim/2) of the rotary embedding."""
@@ -1459,20 +1531,16 @@ class LlamaModel(nn.Module):
         angles = positions[:, None, :, None] * self.frequencies
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
-    def forward(self, ids, positions, segments, prompt=0):
-        x, (cos, sin) = self.embed_tokens(ids).to(self.dtype), self.angles(positions)
-        # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding sees padding.
-        query, key = segments[:, None, prompt:, None], segments[:, None, None, :]
-        seen = ((query == key) | ((key == 0) & (query > 0))).tril(prompt)
-        # Added to the scores, (B, 1, T - prompt, T); of booleans each layer would make its own, and of rows that are no
-        # multiple of 16 long a GPU's kernels a copy.
-        T = segments.shape[1]
-        mask = x.new_zeros(len(ids), 1, T - prompt, -(-T // 16) * 16)[..., :T].masked_fill_(~seen, -math.inf)
+    def forward(self, ids, positions, segments):
+        x = self.embed_tokens(ids).to(self.dtype)
+        cos, sin = self.angles(positions)
+        P = ids.shape[1] - segments.shape[1]
+        mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, prompt, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, prompt)
+                x = layer(x, cos, sin, mask)
         return self.norm(x)
 
 
@@ -1482,7 +1550,8 @@ def build_model(make, device, precision, shard=False, compile_layers=False, chec
     with torch.device("meta"):
         model = make()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-    model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
+    model.model.dtype = dtype
+    model.model.checkpoint_activations = checkpoint_activations
     if compile_layers:
         print_rank0("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
@@ -1506,9 +1575,9 @@ class RewardModel(nn.Module):
         self.model = LlamaModel(c)
         self.score = CastLinear(c.hidden_size, 1, bias=False)
 
-    def forward(self, ids, positions, segments, predict, prompt=0):
+    def forward(self, ids, positions, segments, predict):
         """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
-        hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
+        hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
         return self.score(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 # --- end shared: reward ---
 

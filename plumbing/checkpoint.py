@@ -137,9 +137,7 @@ def load_weights(model, directory, new=(), drop=()):
 def model_files(directory, tokenizer, stop, **changes):
     """What is saved beside the weights, {name: content}: config.json and generation_config.json, after the model's that
     training begins with. `stop`, what the template ends a turn with, and EOS must stop generation."""
-    config = read_json(directory / "config.json")
-    config["architectures"] = ["LlamaForCausalLM"]
-    config |= changes
+    config = read_json(directory / "config.json") | changes
     config.pop("torch_dtype", None)  # an older name of `dtype`, which save_checkpoint sets
     path = directory / "generation_config.json"
     generation = read_json(path) if path.exists() else dict(bos_token_id=tokenizer.bos_token_id)

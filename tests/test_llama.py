@@ -481,7 +481,7 @@ def test_float16_and_bfloat16_weights_become_float32(tiny_llama, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- refusals
 REFUSED_CONFIGS = {
-    "model_type": (dict(model_type="mistral"), ["model_type", "mistral"]),
+    "model_type": (dict(model_type="gemma"), ["model_type", "gemma"]),
     "rope_type": (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)), ["rope_type", "yarn"]),
     "rope_type, old dialect": (dict(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=None), ["rope_type", "linear"]),
     "partial_rotary_factor": (dict(rope_parameters=dict(THETA, partial_rotary_factor=0.5)), ["partial_rotary_factor", "0.5"]),

@@ -167,13 +167,13 @@ def test_shared_prompt_equals_plain_rows(request, which, plain_prompt, pairs, pr
     rewards = []
     for form, micro in (("--shared_prompt", 26), ("--no-shared_prompt", 26), ("--shared_prompt", 3)):
         args = rm.parse_args([str(x) for x in flags("m", "d", "o", form, micro_batch_size=micro, center=0.01)])
-        rewards.append(rm.reward_step(model, None, pairs, args, 0, 1, "cpu")[0])
+        rewards.append(rm.reward_step(model, None, pairs, args)[0])
     for other in (1, 2):
         torch.testing.assert_close(rewards[0], rewards[other], rtol=1e-5, atol=1e-5)
         for name, grad in grads[0].items():
             assert (grad - grads[other][name]).norm() <= 1e-4 * grad.norm(), name
     args = rm.parse_args([str(x) for x in flags("m", "d", "o")])
-    torch.testing.assert_close(rm.all_rewards(model, pairs, args, 0, 1, "cpu", ""), rewards[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rm.all_rewards(model, pairs, args, ""), rewards[0], rtol=1e-5, atol=1e-5)
     # The gradient is that of the mean over pairs, worked out by autograd on every pair alone.
     alone = [rm.bradley_terry_loss(*model(**rm.collate_responses([p], False, "cpu"))[:, 0], center=0.01) for p in pairs]
     torch.stack(alone).mean().backward()
