@@ -264,7 +264,7 @@ def main():
         if code:
             return code
 
-    log.close()
+    log.close(state)
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
