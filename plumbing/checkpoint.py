@@ -239,7 +239,8 @@ def save_checkpoint(directory, *, model, tokenizer, files, run, save_dtype="fp32
             tokenizer.save_pretrained(aside)
         except Exception as error:  # of no narrower class: what `tokenizers` raises when the disk is full
             raise OSError(str(error)) from None
-        manifest = dict(run=run, step=step_of(directory)) | file_sha256s(aside, "**/*")
+        mark = dict(run=run, step=None if state is None else state["step"])
+        manifest = mark | file_sha256s(aside, "**/*")
         (aside / "manifest.json").write_text(to_json(manifest, indent=2), encoding="utf-8")
 
     try:
