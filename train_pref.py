@@ -124,12 +124,15 @@ LOSS_FLAGS = {
 WEIGHTED = ("is_dpo", "is_ipo")
 
 
-def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths):
-    """-> losses (B,) before weighting, weights (B,), for `--loss`. The weights are ones where the loss has none."""
+def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, behaviour_logps=None):
+    """-> losses (B,) before weighting, weights (B,), for `--loss`. The weights are ones where the loss has none. The
+    loss is measured from the reference; the weight from behaviour_logps (B, 2; chosen, rejected), the log-probs of
+    whoever sampled the pair, if they are given."""
     logps = (pc, pr, rc, rr)
     lengths = dict(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     if args.loss in WEIGHTED:
-        weights = importance_weights(pc, pr, rc, rr, log_eps=args.log_eps)
+        bc, br = (rc, rr) if behaviour_logps is None else behaviour_logps.unbind(1)
+        weights = importance_weights(pc, pr, bc, br, log_eps=args.log_eps)
     else:
         weights = torch.ones_like(pc)
     if args.loss in ("dpo", "is_dpo"):
@@ -155,16 +158,20 @@ def effective_sample_size(log_weights):
 
 
 @torch.no_grad()
-def preference_metrics(args, logps, ref_logps, lengths):
-    """Everything the log says of one batch, from logps, ref_logps (B, 2) in nats and lengths (B, 2) in tokens; columns
-    are chosen, rejected. Names are TRL's where TRL has one; results/README.md defines each."""
+def preference_metrics(args, logps, ref_logps, lengths, behaviour_logps=None):
+    """Everything the log says of one batch, from logps, ref_logps and behaviour_logps (ref_logps, if not given) (B, 2)
+    in nats and lengths (B, 2) in tokens; columns are chosen, rejected. Names are TRL's where TRL has one;
+    results/README.md defines each."""
+    if behaviour_logps is None:
+        behaviour_logps = ref_logps
     pc, pr = logps.unbind(1)
     rc, rr = ref_logps.unbind(1)
     chosen_lengths, rejected_lengths = lengths.unbind(1)
-    losses, weights = preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths)
+    bc, br = behaviour_logps.unbind(1)
+    losses, weights = preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, behaviour_logps)
     rho_w = pc - rc
     rho_l = pr - rr
-    log_ratios = rho_w + rho_l  # of the pair: the log of its weight before the cap, whatever the loss
+    log_ratios = (pc - bc) + (pr - br)  # of the pair: the log of its weight before the cap, whatever the loss
     log_weights = log_ratios.clamp(max=2 * args.log_eps) if args.loss in WEIGHTED else torch.zeros_like(log_ratios)
     p10, p50, p90 = torch.quantile(log_ratios, log_ratios.new_tensor([0.1, 0.5, 0.9]))
     metrics = {
@@ -317,15 +324,16 @@ def reference_logps(path, key, index, compute):
     return torch.stack([tensors["chosen"], tensors["rejected"]], 1)
 
 
-def train_step(policy, optimizer, pairs, ref_logps, args):
-    """One optimizer step on a batch of pairs (all ranks hold the whole batch) and its ref_logps (B, 2).
-    -> logps (B, 2) of the whole batch before the step, global gradient norm before clipping, and whether the update was
-    finite and applied."""
+def train_step(policy, optimizer, pairs, ref_logps, args, behaviour_logps=None):
+    """One optimizer step on a batch of pairs (all ranks hold the whole batch), its ref_logps (B, 2) and behaviour_logps
+    (B, 2; the same, if not given). -> logps (B, 2) of the whole batch before the step, global gradient norm before
+    clipping, and whether the update was finite and applied."""
     rank = dist.get_rank()
     world = dist.get_world_size()
     device = next(policy.parameters()).device
     B = len(pairs)
     logps = torch.zeros(B, 2, device=device)
+    behaviour_logps = to_device(ref_logps if behaviour_logps is None else behaviour_logps, device)
     ref_logps = to_device(ref_logps, device)
     lengths = to_device(pair_lengths(pairs), device)
     rounds = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
@@ -339,7 +347,8 @@ def train_step(policy, optimizer, pairs, ref_logps, args):
         pc, pr = micro_logps.unbind(1)
         rc, rr = ref_logps[index].unbind(1)
         chosen_lengths, rejected_lengths = lengths[index].unbind(1)
-        losses, weights = preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths)
+        losses, weights = preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths,
+                                          behaviour_logps[index])
         loss = (weights * losses).sum() * (world / B)  # DDP and FSDP2 average over ranks: the sum / B remains
         if not micro[rank]:
             loss = 0.0 * loss

@@ -521,6 +521,29 @@ def test_trouble_with_weights():
     assert trouble([1.5] * 8, loss="dpo") == ""  # it has no weights to cap
 
 
+# -------------------------------------------------------------------------------------------------- who wrote the pair
+@pytest.mark.parametrize("base", ["dpo", "ipo"])
+def test_the_samplers_log_probs_give_the_on_policy_loss(base):
+    """Pairs of a bandit drawn by a colder policy than the reference, all 16 enumerated: weighted from what drew them, the mean loss
+    is that of pairs drawn by the policy; weighted from the reference it is another number."""
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda: torch.randn(4, generator=generator, dtype=torch.float64)
+    ref = draw().log_softmax(0)
+    policy = (ref + draw()).log_softmax(0)
+    cold = (ref / 0.5).log_softmax(0)
+    w, l = torch.cartesian_prod(torch.arange(4), torch.arange(4)).unbind(1)
+    logps = policy[w], policy[l], ref[w], ref[l]
+    one = torch.ones(16, dtype=torch.float64)
+    args = tp.parse_args(["--loss", f"is_{base}", "--log_eps", "inf", "--beta", "0.5"])
+    drawn = (cold[w] + cold[l]).exp()
+    on_policy = ((policy[w] + policy[l]).exp() * tp.preference_loss(tp.parse_args(["--loss", base, "--beta", "0.5"]), *logps, one, one)[0]).sum()
+    losses, weights = tp.preference_loss(args, *logps, one, one, torch.stack([cold[w], cold[l]], 1))
+    assert (drawn * weights).sum().item() == pytest.approx(1, abs=1e-12)
+    assert (drawn * weights * losses).sum().item() == pytest.approx(on_policy.item(), rel=1e-12)
+    losses, weights = tp.preference_loss(args, *logps, one, one)
+    assert abs((drawn * weights * losses).sum().item() / on_policy.item() - 1) > 0.05
+
+
 # ---------------------------------------------------------------------------------------------------------- Theorem 1
 # The paper's bandit (Section 3.2): a softmax policy over four actions, here at the optimum pi* ~ ref exp(r / beta).
 REF = torch.tensor([0.5, 0.1, 0.1, 0.3], dtype=torch.float64)

@@ -269,6 +269,28 @@ def test_gradient_is_the_mean_over_pairs_of_the_loss(case, process_group, monkey
     assert gradient_difference(expected, grads) < 1e-12
 
 
+def test_a_step_weighted_from_the_sampler(case, process_group, monkeypatch, doubles):
+    """The weight's denominator is the sampler's, the loss's the reference's; each pair by itself, in float64."""
+    directory, pairs = case
+    model = load(directory, torch.float64)
+    ref = spread_refs(model, pairs, torch.float64)
+    sampler = ref + torch.linspace(-0.7, 0.4, ref.numel(), dtype=torch.float64).view_as(ref)
+    step = tp.train_step
+    monkeypatch.setattr(tp, "train_step", lambda *how: step(*how, behaviour_logps=sampler))
+    logps, grads = summed_gradients(model, pairs, ref, monkeypatch, micro_batch_size=3, loss="is_dpo")
+    total = 0.0
+    for pair, (rc, rr), (bc, br) in zip(pairs, ref, sampler):
+        pc, pr = model(**tp.collate_pairs([pair], False, "cpu"))[0]
+        weight = ((pc - bc) + (pr - br)).detach().clamp(max=2.0).exp()
+        total = total - weight * F.logsigmoid(0.1 * ((pc - rc) - (pr - rr))) / len(pairs)
+    expected = dict(zip((name for name, _ in model.named_parameters()), torch.autograd.grad(total, list(model.parameters()))))
+    assert gradient_difference(expected, grads) < 1e-12
+    args = tp.parse_args([str(x) for x in flags("m", "d", "o", loss="is_dpo")])
+    metrics = tp.preference_metrics(args, logps, ref, tp.pair_lengths(pairs), sampler)
+    assert metrics["loss"] == pytest.approx(total.item(), rel=1e-9)
+    assert metrics["weights/log_p50"] == pytest.approx((logps - sampler).sum(1).quantile(0.5).item(), rel=1e-9)
+
+
 # --------------------------------------------------------------------------------------------- steps, in this process
 def test_learning_rate():
     lr = [tp.learning_rate(step, 50, 10, 2.0) for step in range(1, 51)]
