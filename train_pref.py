@@ -434,7 +434,8 @@ def main():
         print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
-        save_checkpoint(directory, policy, tokenizer, files, args.save_dtype, optimizer, state)
+        save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                        optimizer=optimizer, state=state)
 
     log = StepLog(out / "metrics.jsonl", header, resumed, steps_done=state["step"], total=total,
                   log_every=args.log_every, track=args.track)
@@ -480,7 +481,8 @@ def main():
             return code
 
     log.close()
-    save_checkpoint(out / "final", policy, tokenizer, files, args.save_dtype)
+    save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                    save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; policy in {out}/final")
     print_rank0(f"next: {next_commands(args, out, ref_dir)}")
     return 0

@@ -21,7 +21,6 @@ optimizer step.
 import argparse
 import functools
 import itertools
-import json
 import math
 import os
 import random
@@ -43,7 +42,7 @@ from tqdm import tqdm
 from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, shard_like
 from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
 from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main,
-                              write_atomically)
+                              to_json, write_text)
 from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
                           parse_with_preset, run_header, save_or_stop, step_metrics)
 
@@ -270,7 +269,8 @@ def main():
         print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
-        save_checkpoint(directory, reward_model, tokenizer, files, args.save_dtype, optimizer, state)
+        save_checkpoint(directory, model=reward_model, tokenizer=tokenizer, files=files, run=header["run"],
+                        optimizer=optimizer, state=state)
 
     log = StepLog(out / "metrics.jsonl", header, resumed, steps_done=state["step"], total=total,
                   log_every=args.log_every, track=args.track)
@@ -298,8 +298,7 @@ def main():
             table = dict(step=step) | calibration(eval_rewards)
             metrics |= {f"eval_{name}": value for name, value in reward_metrics(eval_rewards, args.center).items()}
             metrics["eval_ece"] = table["ece"]
-            text = json.dumps(table, indent=2)
-            on_rank_0(lambda: write_atomically(out / "calibration.json", lambda aside: aside.write_text(text)))
+            on_rank_0(lambda: write_text(out / "calibration.json", to_json(table, indent=2)))
         log.write(step, metrics, reward_line(step, total, metrics), applied)
 
         # Save, stop
@@ -309,7 +308,8 @@ def main():
             return code
 
     log.close()
-    save_checkpoint(out / "final", reward_model, tokenizer, files, args.save_dtype)
+    save_checkpoint(out / "final", model=reward_model, tokenizer=tokenizer, files=files, run=header["run"],
+                    save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; reward model in {out}/final")
     if (out / "calibration.json").exists():
         print_rank0(reliability(read_json(out / "calibration.json")))

@@ -225,7 +225,8 @@ def main():
         print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
-        save_checkpoint(directory, policy, tokenizer, files, args.save_dtype, optimizer, state)
+        save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                        optimizer=optimizer, state=state)
 
     log = StepLog(out / "metrics.jsonl", header, resumed, steps_done=state["step"], total=total,
                   log_every=args.log_every, track=args.track)
@@ -264,7 +265,8 @@ def main():
             return code
 
     log.close()
-    save_checkpoint(out / "final", policy, tokenizer, files, args.save_dtype)
+    save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                    save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
     return 0
 

@@ -385,7 +385,7 @@ def save(directory, source, model=None):
     """What a trainer does at its end."""
     tokenizer = train_pref.load_tokenizer(source)
     files = train_pref.model_files(source, tokenizer, train_pref.assistant_stop_id(tokenizer))
-    train_pref.save_checkpoint(directory, model or ours(source), tokenizer, files, "fp32")
+    train_pref.save_checkpoint(directory, model=model or ours(source), tokenizer=tokenizer, files=files, run="")
     return directory
 
 
