@@ -38,8 +38,9 @@ def data(tmp_path_factory):
 
 
 def load(out, data, tokenizer, header=HEADER, max_length=64, max_prompt_length=32):
-    path, limits = out / "data.safetensors", (tokenizer, 259, max_length, max_prompt_length)
-    return load_rows(path, header, Pair, split_pair, str(data), False, {}, *limits)
+    return load_rows(out / "data.safetensors", header, row_type=Pair, split=split_pair, source=str(data), held_out=False,
+                     recipes={}, tokenizer=tokenizer, vocab_size=259, max_length=max_length,
+                     max_prompt_length=max_prompt_length)
 
 
 def listed(rows):

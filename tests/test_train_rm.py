@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load_rows
 from safetensors.torch import load_file, save_file
 
 import train_rm as rm
-from plumbing.data import read_rows, tokenize_rows
 from runs import finish, spoil
 
 SOURCE = Path(rm.__file__).read_text()
@@ -57,8 +57,7 @@ def load(directory, seed=0):
 def pairs_of(data, directory, max_length=34):
     """The pairs; at 34 tokens some responses are cut and end with another token than EOS."""
     limits = rm.load_tokenizer(directory), rm.read_config(directory).vocab_size, max_length, 26
-    rows = enumerate(read_rows(str(data), False, {}))
-    return [rm.Pair(*ids) for _, ids in tokenize_rows(rows, dict(skipped={}, cut={}), rm.split_pair, *limits)]
+    return list(load_rows(rm, data, *limits)[0])
 
 
 def responses(pairs):
