@@ -1270,24 +1270,30 @@ def split_demonstration(row):
     """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text};
     {prompt, completion}; {messages}, of which the last is the completion; preference rows, of which the chosen response
     is (HH's have the prompt inside)."""
-    prompt, completion = row.get("prompt"), row.get("completion", row.get("chosen"))
+    prompt = row.get("prompt")
+    completion = row.get("completion", row.get("chosen"))
     if "text" in row:
-        prompt, completion = None, row["text"]
+        prompt = None
+        completion = row["text"]
     elif isinstance(row.get("messages"), list):
-        prompt, completion = row["messages"][:-1], row["messages"][-1:]
+        prompt = row["messages"][:-1]
+        completion = row["messages"][-1:]
     elif isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
-        prompt, completion = completion[:-1], completion[-1:]
+        prompt = completion[:-1]
+        completion = completion[-1:]
     elif prompt is None or not {"completion", "chosen"} & row.keys():
         marker = "\n\nAssistant:"
         if not isinstance(completion, str) or marker not in completion:
             raise SkipRow(f"no prompt and completion, keys: {[*row]}"[:120])
-        cut = completion.rfind(marker) + len(marker)
-        prompt, completion = completion[:cut], completion[cut:]
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        if not isinstance(completion, str) or not isinstance(prompt, str | None):
-            raise SkipRow("wrong types")
-        if not completion.strip():
-            raise SkipRow("empty completion")
+        end = completion.rfind(marker) + len(marker)
+        prompt = completion[:end]
+        completion = completion[end:]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return prompt, completion
+    if not isinstance(completion, str) or not isinstance(prompt, str | None):
+        raise SkipRow("wrong types")
+    if not completion.strip():
+        raise SkipRow("empty completion")
     return prompt, completion
 # --- end shared: demonstration ---
 

@@ -19,7 +19,6 @@ batch sizes in pairs; a step is an optimizer step.  pi: policy, ref: reference, 
 
 import argparse
 import functools
-import itertools
 import math
 import os
 import random
@@ -383,10 +382,11 @@ def main():
     ref_config = read_config(ref_dir)
     check_length(config, model_dir, args.max_length)
     tokenizer = load_tokenizer(model_dir)
-    limits = (tokenizer, min(config.vocab_size, ref_config.vocab_size), args.max_length, args.max_prompt_length)
-    pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
-    eval_path = out / "data_eval.safetensors"
-    eval_pairs = load_rows(eval_path, header, Pair, split_pair, args.eval_data, True, RECIPES, *limits)
+    reading = dict(row_type=Pair, split=split_pair, recipes=RECIPES, tokenizer=tokenizer,
+                   vocab_size=min(config.vocab_size, ref_config.vocab_size),
+                   max_length=args.max_length, max_prompt_length=args.max_prompt_length)
+    pairs = load_rows(out / "data.safetensors", header, source=args.data, held_out=False, **reading)
+    eval_pairs = load_rows(out / "data_eval.safetensors", header, source=args.eval_data, held_out=True, **reading)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     cap = f"{2 * args.log_eps:g}" if args.loss in WEIGHTED else "none"
@@ -523,7 +523,9 @@ class Pair(NamedTuple):
 def split_pair(row, tokenizer):
     """A data row -> prompt, [chosen, rejected] as texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings
     share all up to the last common "\\n\\nAssistant:", conversations share their first messages."""
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    prompt = row.get("prompt")
+    chosen = row.get("chosen")
+    rejected = row.get("rejected")
     keys = f"keys: {[*row]}"[:80]
     if not {"chosen", "rejected"} <= row.keys():
         raise SkipRow(f"no chosen and rejected, {keys}")
@@ -531,21 +533,34 @@ def split_pair(row, tokenizer):
         raise SkipRow("identical responses")
     if isinstance(chosen, list) and isinstance(rejected, list):
         if not isinstance(prompt, list):
-            common = sum(itertools.takewhile(bool, (a == b for a, b in zip(chosen, rejected))))
-            prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
-        renders = [render_chat(tokenizer, prompt, response, row.get("tools")) for response in (chosen, rejected)]
-        return renders[0][0], [response for _, response in renders]
+            n = common_length(chosen, rejected)
+            prompt = chosen[:n]
+            chosen = chosen[n:]
+            rejected = rejected[n:]
+        prompt_text, chosen_text = render_chat(tokenizer, prompt, chosen, row.get("tools"))
+        _, rejected_text = render_chat(tokenizer, prompt, rejected, row.get("tools"))
+        return prompt_text, [chosen_text, rejected_text]
     if not isinstance(chosen, str) or not isinstance(rejected, str) or not isinstance(row.get("prompt", ""), str):
         raise SkipRow("wrong types")
     if prompt is None:
         marker = "\n\nAssistant:"
-        cut = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
-        if cut < len(marker) or marker in chosen[cut:] or marker in rejected[cut:]:
+        end = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
+        if end < len(marker) or marker in chosen[end:] or marker in rejected[end:]:
             raise SkipRow("prompt mismatch" if marker in chosen else f"no prompt, {keys}")
-        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+        prompt = chosen[:end]
+        chosen = chosen[end:]
+        rejected = rejected[end:]
     if not chosen.strip() or not rejected.strip():
         raise SkipRow("empty response")
     return prompt, [chosen, rejected]
+
+
+def common_length(a, b):
+    """How many first items two lists share."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
 
 
 def pair_rows(pairs, shared_prompt):

@@ -192,10 +192,10 @@ def main():
     config = read_config(begin_dir)
     check_length(config, model_dir, args.max_length)
     tokenizer = load_tokenizer(model_dir)
-    limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length)
-    examples = load_rows(out / "data.safetensors", header, Example, split_example, args.data, False, RECIPES, *limits)
-    eval_path = out / "data_eval.safetensors"
-    eval_examples = load_rows(eval_path, header, Example, split_example, args.eval_data, True, RECIPES, *limits)
+    reading = dict(row_type=Example, split=split_example, recipes=RECIPES, tokenizer=tokenizer,
+                   vocab_size=config.vocab_size, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
+    examples = load_rows(out / "data.safetensors", header, source=args.data, held_out=False, **reading)
+    eval_examples = load_rows(out / "data_eval.safetensors", header, source=args.eval_data, held_out=True, **reading)
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     header |= dict(examples=len(examples), steps=total)
@@ -277,24 +277,30 @@ def split_demonstration(row):
     """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text};
     {prompt, completion}; {messages}, of which the last is the completion; preference rows, of which the chosen response
     is (HH's have the prompt inside)."""
-    prompt, completion = row.get("prompt"), row.get("completion", row.get("chosen"))
+    prompt = row.get("prompt")
+    completion = row.get("completion", row.get("chosen"))
     if "text" in row:
-        prompt, completion = None, row["text"]
+        prompt = None
+        completion = row["text"]
     elif isinstance(row.get("messages"), list):
-        prompt, completion = row["messages"][:-1], row["messages"][-1:]
+        prompt = row["messages"][:-1]
+        completion = row["messages"][-1:]
     elif isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
-        prompt, completion = completion[:-1], completion[-1:]
+        prompt = completion[:-1]
+        completion = completion[-1:]
     elif prompt is None or not {"completion", "chosen"} & row.keys():
         marker = "\n\nAssistant:"
         if not isinstance(completion, str) or marker not in completion:
             raise SkipRow(f"no prompt and completion, keys: {[*row]}"[:120])
-        cut = completion.rfind(marker) + len(marker)
-        prompt, completion = completion[:cut], completion[cut:]
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        if not isinstance(completion, str) or not isinstance(prompt, str | None):
-            raise SkipRow("wrong types")
-        if not completion.strip():
-            raise SkipRow("empty completion")
+        end = completion.rfind(marker) + len(marker)
+        prompt = completion[:end]
+        completion = completion[end:]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return prompt, completion
+    if not isinstance(completion, str) or not isinstance(prompt, str | None):
+        raise SkipRow("wrong types")
+    if not completion.strip():
+        raise SkipRow("empty completion")
     return prompt, completion
 # --- end shared: demonstration ---
 

@@ -140,7 +140,9 @@ def load_rows(script, source, *limits, held_out=False):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "data.safetensors"
         header = dict(model="m", data="d")
-        rows = script.load_rows(path, header, kind, split, str(source), held_out, script.RECIPES, *limits)
+        names = ("tokenizer", "vocab_size", "max_length", "max_prompt_length")
+        rows = script.load_rows(path, header, row_type=kind, split=split, source=str(source), held_out=held_out,
+                                recipes=script.RECIPES, **dict(zip(names, limits, strict=True)))
         return rows, open_safetensors(path).metadata()["report"]
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import train_pref
 from plumbing.data import (SkipRow, UserError, truncate_prompt, encode, encode_after, ensure_stop, load_tokenizer, render_chat,
-                           stop_ids, assistant_stop_id, tokenize_rows)
+                           stop_ids, assistant_stop_id, RowCounts, tokenize_rows)
 
 # Text and its ids in Llama 3's vocabulary. Non-ASCII is escaped, so that no editor can normalize it.
 LLAMA3_IDS = [
@@ -269,11 +269,11 @@ def test_end_response_refusals(ids, byte):
 
 def tokens(tokenizer, prompt, *responses, vocab_size=259, max_length=10**6, max_prompt_length=10**5):
     """[prompt ids, response ids ..] of one row of texts, or its SkipRow's kind."""
-    kinds = dict(skipped={}, cut={})
+    counts = RowCounts()
     split = lambda row, tokenizer: (row[0], list(row[1:]))
-    batch = [(0, ("file:1", (prompt, *responses)))]
-    rows = list(tokenize_rows(batch, kinds, split, tokenizer, vocab_size, max_length, max_prompt_length))
-    return rows[0][1] if rows else next(iter(kinds["skipped"]))
+    rows = list(tokenize_rows([("file:1", (prompt, *responses))], split, counts, tokenizer=tokenizer, vocab_size=vocab_size,
+                              max_length=max_length, max_prompt_length=max_prompt_length))
+    return rows[0].parts if rows else next(iter(counts.skipped))
 
 
 def test_a_response_that_is_cut_has_no_end(byte):
@@ -341,8 +341,8 @@ def test_ids_of_real_responses(sentencepiece, shared):
     rows[::2] = [dict(prompt=row["prompt"] + "\n", chosen=row["chosen"].strip(), rejected=row["rejected"].strip())
                  for row in rows[::2]]  # and responses that begin without a space
     split = lambda row, tokenizer: (row["prompt"], [row["chosen"], row["rejected"]])
-    kinds = dict(skipped={}, cut={})
-    found = tokenize_rows(list(enumerate(("", row) for row in rows)), kinds, split, sentencepiece, 10**6, 10**6, 10**5)
+    found = tokenize_rows([("", row) for row in rows], split, RowCounts(), tokenizer=sentencepiece, vocab_size=10**6,
+                          max_length=10**6, max_prompt_length=10**5)
     different = 0
     for row, (_, (prompt, *responses)) in zip(rows, found, strict=True):
         assert prompt == [sentencepiece.bos_token_id, *bare(sentencepiece, row["prompt"])]
