@@ -44,8 +44,8 @@ from plumbing.checkpoint import find_model, load_trainer, load_weights, model_fi
 from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
 from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json,
                               read_tensors, run_main, write_tensors)
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
-                          parse_with_preset, run_header, save_or_stop, step_metrics)
+from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
+                          is_due, model_card, open_tracker, parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
 # ---------------------------------------------------------------------------------------------------------- the losses
@@ -213,7 +213,7 @@ def trouble_with_weights(args, metrics, n_pairs):
 HERE = Path(__file__).resolve().parent
 # Appendix C of the paper; the 512 prompt tokens are its released code's.
 PAPER = dict(model="out/sft-tldr+hh/final", max_length=640, max_prompt_length=512, batch_size=64, micro_batch_size=4,
-             lr=1e-6, warmup_steps=100, beta=0.05, save_every=200, eval_every=200, keep_state=1)
+             lr=1e-6, warmup_steps=100, beta=0.05, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/truth_pairs.jsonl.gz", epochs=2, max_length=128,
                 eval_data=f"{HERE}/toy/truth_pairs_eval.jsonl.gz", max_prompt_length=96, batch_size=32, lr=2e-4,
@@ -430,8 +430,7 @@ def main():
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     print_rank0(f"{args.loss}: {size:.2f}M parameters, {len(pairs)} pairs, {total} steps of {args.batch_size}, beta"
                 f" {args.beta:g}, weight cap {cap} nats, {world} x {header['device']}, {args.precision} -> {out}")
-    if args.warmup_steps >= total:
-        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+    announce_schedule(args, "pairs", len(pairs), total)
 
     def save(directory):
         save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
@@ -456,31 +455,32 @@ def main():
         # Log
         step_s = time.perf_counter() - step_began
         n_tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in batch)  # as TRL counts
+        if step == 1 and ref_dir == model_dir:  # the policy is the reference still: what differs is rounding
+            spread = (logps.cpu() - ref_logps[picked]).abs().max().item()
+            print_rank0(f"before step 1 |log pi - log ref| was at most {spread:.1e} nats: rounding")
         count_step(state, applied=applied, n_tokens=n_tokens)
         metrics = {"pairs": len(batch)}
         metrics |= preference_metrics(args, logps.cpu(), ref_logps[picked], pair_lengths(batch))
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_pairs and is_due(step, args.eval_every, total):
+        if eval_pairs and is_due(step, interval(args.eval_every, total), total):
             eval_logps = all_logps(policy, eval_pairs, args, "evaluation")
             evaluated = preference_metrics(args, eval_logps, eval_ref_logps, pair_lengths(eval_pairs))
             metrics |= {f"eval_{name}": value for name, value in evaluated.items()}
         log.write(step, metrics, step_line(step, total, metrics), applied)
-        if step == 1 and ref_dir == model_dir:  # the policy is the reference still: what differs is rounding
-            spread = (logps.cpu() - ref_logps[picked]).abs().max().item()
-            print_rank0(f"before step 1 |log pi - log ref| was at most {spread:.1e} nats: rounding")
         last_trouble, trouble = trouble, trouble_with_weights(args, metrics, len(batch))
         steps_of_trouble = steps_of_trouble + 1 if trouble == last_trouble else 1
         if trouble and steps_of_trouble == min(10, total):
             print_rank0(f"warning: for {steps_of_trouble} steps {trouble}")
 
         # Save, stop
-        code = save_or_stop(out, state, signals, save, save_every=args.save_every, keep=args.keep,
+        code = save_or_stop(out, state, signals, save, save_every=interval(args.save_every, total), keep=args.keep,
                             keep_state=args.keep_state)
         if code:
             return code
 
     log.close()
+    files |= {"README.md": model_card(header, "AutoModelForCausalLM")}
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; policy in {out}/final")

@@ -42,8 +42,8 @@ from plumbing.checkpoint import find_model, load_trainer, load_weights, model_fi
 from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
 from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main,
                               to_json, write_text)
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
-                          parse_with_preset, run_header, save_or_stop, step_metrics)
+from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
+                          is_due, model_card, open_tracker, parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
 # -------------------------------------------------------------------------------------- the loss and what is measured
@@ -128,7 +128,7 @@ def choose_pad(tokenizer):
 HERE = Path(__file__).resolve().parent
 # Appendix C of the paper, with the policies' warm-up; the 512 prompt tokens are its released code's.
 PAPER = dict(model="out/sft-8b/final", epochs=1, max_length=640, max_prompt_length=512, batch_size=128,
-             micro_batch_size=4, lr=5e-6, warmup_steps=100, shard=True, save_every=500, eval_every=500, keep_state=1)
+             micro_batch_size=4, lr=5e-6, warmup_steps=100, shard=True, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/rm_pairs.jsonl.gz",
                 eval_data=f"{HERE}/toy/rm_pairs_eval.jsonl.gz", epochs=2, max_length=128, max_prompt_length=96,
@@ -264,8 +264,7 @@ def main():
     size = sum(p.numel() for p in reward_model.parameters()) / 1e6
     print_rank0(f"reward model: {size:.2f}M parameters, {len(pairs)} pairs, {total} steps of {args.batch_size},"
                 f" {world} x {header['device']}, {args.precision} -> {out}")
-    if args.warmup_steps >= total:
-        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+    announce_schedule(args, "pairs", len(pairs), total)
 
     def save(directory):
         save_checkpoint(directory, model=reward_model, tokenizer=tokenizer, files=files, run=header["run"],
@@ -292,7 +291,7 @@ def main():
         metrics = reward_metrics(rewards, args.center)
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_pairs and is_due(step, args.eval_every, total):
+        if eval_pairs and is_due(step, interval(args.eval_every, total), total):
             eval_rewards = all_rewards(reward_model, eval_pairs, args, "evaluation")
             table = dict(step=step) | calibration(eval_rewards)
             metrics |= {f"eval_{name}": value for name, value in reward_metrics(eval_rewards, args.center).items()}
@@ -301,12 +300,13 @@ def main():
         log.write(step, metrics, reward_line(step, total, metrics), applied)
 
         # Save, stop
-        code = save_or_stop(out, state, signals, save, save_every=args.save_every, keep=args.keep,
+        code = save_or_stop(out, state, signals, save, save_every=interval(args.save_every, total), keep=args.keep,
                             keep_state=args.keep_state)
         if code:
             return code
 
     log.close()
+    files |= {"README.md": model_card(header, "AutoModelForSequenceClassification")}
     save_checkpoint(out / "final", model=reward_model, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; reward model in {out}/final")

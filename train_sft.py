@@ -37,8 +37,8 @@ from kernels.logprob import linear_sequence_logps
 from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, shard_like
 from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
 from plumbing.process import UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
-                          parse_with_preset, run_header, save_or_stop, step_metrics)
+from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
+                          is_due, model_card, open_tracker, parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
 # ------------------------------------------------------------------------------------------ examples, packing, the loss
@@ -144,7 +144,7 @@ def init_weights(model, std, seed):
 HERE = Path(__file__).resolve().parent
 # Appendix C of the paper; the 512 prompt tokens are its released code's.
 PAPER = dict(model="meta-llama/Llama-3.2-3B", epochs=1, max_length=640, max_prompt_length=512, batch_size=64,
-             micro_batch_size=4, lr=1e-6, warmup_steps=100, save_every=500, eval_every=500, keep_state=1)
+             micro_batch_size=4, lr=1e-6, warmup_steps=100, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/base/config.json", data=f"{HERE}/toy/sft.jsonl.gz",
                 eval_data=f"{HERE}/toy/sft_eval.jsonl.gz", epochs=4, max_length=128, max_prompt_length=96,
@@ -221,8 +221,7 @@ def main():
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     print_rank0(f"sft: {size:.2f}M parameters, {len(examples)} examples, {total} steps of {args.batch_size}, {world} x"
                 f" {header['device']}, {args.precision} -> {out}")
-    if args.warmup_steps >= total:
-        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+    announce_schedule(args, "examples", len(examples), total)
 
     def save(directory):
         save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
@@ -250,7 +249,7 @@ def main():
         metrics = {"loss": loss.item()}
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_examples and is_due(step, args.eval_every, total):
+        if eval_examples and is_due(step, interval(args.eval_every, total), total):
             metrics["eval_loss"] = step_loss(policy, eval_examples, args, train=False).item()
         line = (f"step {step}/{total} | loss {metrics['loss']:.4f} | norm {grad_norm:.3f} | lr {lr:.2e}"
                 f" | {1e3 * step_s:.0f} ms | {metrics['tokens_per_s']:.0f} tok/s")
@@ -259,12 +258,13 @@ def main():
         log.write(step, metrics, line, applied)
 
         # Save, stop
-        code = save_or_stop(out, state, signals, save, save_every=args.save_every, keep=args.keep,
+        code = save_or_stop(out, state, signals, save, save_every=interval(args.save_every, total), keep=args.keep,
                             keep_state=args.keep_state)
         if code:
             return code
 
     log.close()
+    files |= {"README.md": model_card(header, "AutoModelForCausalLM")}
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
