@@ -234,7 +234,7 @@ def test_lengths_beyond_the_models_positions(run_script, model, few, tmp_path):
     argv = (*arguments(model, few, tmp_path / "run"), "--max_steps", 1)
     for script in ("train_pref", "train_sft", "train_rm"):
         said = run_script(script)(*argv, "--max_length", 257, "--out", tmp_path / script).ok().out
-        assert said.count("warning: --max_length 257, but") == 1 and "256 positions" in said
+        assert said.count("warning: up to 257 tokens, but") == 1 and "256 positions" in said
     said = run_script("train_pref")(*argv, "--max_length", 256, "--out", tmp_path / "fits").ok().out
     assert "positions" not in said
 

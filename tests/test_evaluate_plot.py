@@ -439,7 +439,6 @@ def test_not_an_evaluated_run(tmp_path):
     (dict(epochs=1), "epochs 2 and 1"),
     (dict(seed=0, loss="dpo", header=dict(data="beef")), "data 'f00d' and 'beef'"),
     (dict(label_smoothing=0.1), "label_smoothing None and 0.1"),
-    (dict(ess_target=0.5), "ess_target None and 0.5"),
     (dict(loss="rpo", eta=0.5), None),  # another loss may have other flags of its own
     (dict(seed=1, save_every=5), None),
 ])
