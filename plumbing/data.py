@@ -440,15 +440,7 @@ def tokenize_rows(rows, split, counts, *, tokenizer, vocab_size, max_length, max
     while batch := list(itertools.islice(numbered, BATCH)):
         counts.rows += len(batch)
         kept = split_rows(batch, split, tokenizer, counts)
-        prompts = encode(tokenizer, [texts.prompt or "" for _, _, texts in kept])
-        befores = []
-        afters = []
-        for _, _, texts in kept:
-            befores += [texts.prompt or ""] * len(texts.responses)
-            afters += texts.responses
-        after_ids = iter(encode_after(tokenizer, befores, afters))
-        for (number, place, texts), prompt in zip(kept, prompts):
-            responses = list(itertools.islice(after_ids, len(texts.responses)))
+        for (number, place, texts), (prompt, responses) in zip(kept, encode_rows(kept, tokenizer)):
             try:
                 for ids in (prompt, *responses):
                     require_known(ids, vocab_size)
@@ -459,25 +451,18 @@ def tokenize_rows(rows, split, counts, *, tokenizer, vocab_size, max_length, max
                     responses = [responses[0][1:]]
                 if not prompt and texts.prompt is not None:
                     raise SkipRow("empty prompt")
-                whole = [prompt]
-                whole += [ensure_stop(response, tokenizer, stops) for response in responses]
-                parts = cut_responses(whole, max_length)
+                responses = [ensure_stop(response, tokenizer, stops) for response in responses]
+                kept_responses = cut_responses(responses, max_length - len(prompt))
             except SkipRow as kind:
                 count_skip(counts.skipped, kind, place)
                 continue
             if n_cut:
                 count_skip(counts.cut, "prompt", place)
-            for before, after in zip(whole, parts):
-                if before != after:
-                    count_skip(counts.cut, "response", place)
-            logps = []
-            for k, logp in enumerate(texts.behaviour_logps, 1):
-                usable = texts.verbatim[k - 1] and whole[k] == parts[k]
-                if not math.isnan(logp):
-                    kind = "kept" if usable else "dropped as the response was cut or edited"
-                    count_skip(counts.behaviour, kind, place)
-                logps.append(logp if usable else math.nan)
-            yield RowIds(number, parts, logps)
+            is_cut = [a != b for a, b in zip(responses, kept_responses)]
+            for _ in range(sum(is_cut)):
+                count_skip(counts.cut, "response", place)
+            logps = usable_behaviour(texts, is_cut, counts, place)
+            yield RowIds(number, [prompt, *kept_responses], logps)
 
 
 def split_rows(batch, split, tokenizer, counts):
@@ -501,16 +486,40 @@ def split_rows(batch, split, tokenizer, counts):
     return kept
 
 
-def cut_responses(parts, max_length):
-    """[prompt, responses ..] of at most `max_length` ids each with the prompt. Raises SkipRow where nothing is left of
-    a response, or nothing that tells a pair's two apart."""
-    prompt = parts[0]
-    responses = [response[: max_length - len(prompt)] for response in parts[1:]]
-    if not all(responses):
+def encode_rows(kept, tokenizer):
+    """Yield (bare prompt ids, [bare ids of each response after it]) of what split_rows kept."""
+    prompts = [texts.prompt or "" for _, _, texts in kept]
+    befores = []
+    afters = []
+    for prompt, (_, _, texts) in zip(prompts, kept):
+        befores += [prompt] * len(texts.responses)
+        afters += texts.responses
+    after_ids = iter(encode_after(tokenizer, befores, afters))
+    for ids, (_, _, texts) in zip(encode(tokenizer, prompts), kept):
+        yield ids, list(itertools.islice(after_ids, len(texts.responses)))
+
+
+def cut_responses(responses, room):
+    """Lists of ids cut to `room`. Raises SkipRow where nothing is left, or nothing that tells a pair's two apart."""
+    kept = [response[:room] for response in responses]
+    if not all(kept):
         raise SkipRow("no room for a response")
-    if len(responses) == 2 and responses[0] == responses[1]:
+    if len(kept) == 2 and kept[0] == kept[1]:
         raise SkipRow("identical once cut")
-    return [prompt, *responses]
+    return kept
+
+
+def usable_behaviour(texts, is_cut, counts, place):
+    """A row's behaviour log-probs, NaN where they are of another response than its: one that was longer, or was not
+    what the template made of it. What became of them is counted."""
+    logps = []
+    for logp, verbatim, cut in zip(texts.behaviour_logps, texts.verbatim, is_cut):
+        usable = verbatim and not cut
+        if not math.isnan(logp):
+            kind = "kept" if usable else "dropped as the response was cut or edited"
+            count_skip(counts.behaviour, kind, place)
+        logps.append(logp if usable else math.nan)
+    return logps
 
 
 class TokenizedRows:
