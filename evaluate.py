@@ -45,10 +45,11 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import find_model, model_fingerprint, load_weights
 from plumbing.data import (SkipRow, apply_template, assistant_stop_id, count_skip, describe_skips, encode, encode_after,
-                           load_tokenizer, read_jsonl, read_rows, render_chat, stop_ids, truncate_prompt)
+                           finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows, render_chat, require_known,
+                           stop_ids, text_begin, wrong_types)
 from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, print_rank0,
                               read_json, run_main, write_atomically)
-from plumbing.run import Parser, check_ranges
+from plumbing.run import Parser, check_ranges, json_object
 
 
 # --------------------------------------------------------------------------------------------------- the estimators
@@ -393,6 +394,8 @@ def parse_args(argv=None):
     add(models, "--batch_size", type=int, default=64, help="completions a rank at a time: less takes less memory")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     add(models, "--precision", choices=["bf16", "fp32", "fp64"], default=precision, help="of weights and products")
+    add(models, "--chat_template_kwargs", type=json_object, metavar="JSON", help="given to the chat template, as"
+        ' {"enable_thinking": false}')
     add(models, "--preset", choices=list(PRESETS), help="defaults (None: toy, or paper if a model or data is given)")
     add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
     add(models, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
@@ -437,12 +440,12 @@ def load_prompts(args, tokenizer, vocab_size):
     cut = {}
     for n_rows, (where, row) in enumerate(read_rows(args.data, True, RECIPES), 1):
         try:
-            text, reference = read_prompt(row, tokenizer)
+            text, reference, rendered = read_prompt(row, tokenizer)
             key = json.dumps(text)
             if key not in prompts:
                 if len(prompts) == args.n:
                     raise SkipRow("beyond --n")
-                ids = tokenizer and prompt_ids(text, tokenizer, vocab_size, args, cut, where)
+                ids = tokenizer and prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where)
                 prompts[key] = Prompt(n_rows - 1, text, ids, references=[])
             if reference and reference not in prompts[key].references:
                 prompts[key].references.append(reference)
@@ -458,15 +461,17 @@ def load_prompts(args, tokenizer, vocab_size):
 
 
 def read_prompt(row, tokenizer):
-    """A data row -> prompt, and (text, stop) of its response or None. Raises SkipRow."""
+    """A data row -> prompt, (text, stop) of its response or None, and whether a template rendered them. Raises
+    SkipRow."""
     without_response = isinstance(row.get("prompt"), (str, list))
     without_response = without_response and not {"chosen", "completion", "messages"} & row.keys()
     if without_response:
         text = row["prompt"]
         response = ""
     else:
-        text, response = split_demonstration(row)
+        text, response, _ = split_demonstration(row)
     stop = ""
+    rendered = isinstance(text, list)
     if isinstance(text, list) and tokenizer is None:
         response = response and isinstance(response[0], dict) and response[0].get("content") or ""
     elif isinstance(text, list) and without_response:
@@ -478,14 +483,17 @@ def read_prompt(row, tokenizer):
         raise SkipRow("empty prompt")
     if LONE_SURROGATE.search(json.dumps([text, response], ensure_ascii=False)):
         raise SkipRow("broken Unicode")
-    return text, (response.removesuffix(stop), stop) if response else None
+    return text, (response.removesuffix(stop), stop) if response else None, rendered
 
 
-def prompt_ids(text, tokenizer, vocab_size, args, cut, where):
-    """The ids of a prompt's text, its end where it is too long, which is counted in `cut`. Raises SkipRow."""
-    ids = encode(tokenizer, [text], vocab_size)[0]
-    ids, excess = truncate_prompt(ids, tokenizer, args.max_prompt_length)
-    if excess:
+def prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where):
+    """The ids of a prompt's text, as the trainers make them; its end where it is too long, which is counted in `cut`.
+    rendered: by a chat template. Raises SkipRow."""
+    ids = encode(tokenizer, [text])[0]
+    require_known(ids, vocab_size)
+    ids, n_cut = finish_prompt(ids, tokenizer, begin=[] if rendered else text_begin(tokenizer),
+                               max_prompt_length=args.max_prompt_length)
+    if n_cut:
         count_skip(cut, "prompt", where)
     return ids
 
@@ -532,27 +540,29 @@ def scored_ids(tokenizer, prompt, texts, stops, vocab_size, args):
     is a stop alone. Raises SkipRow."""
     known_stops = stop_texts(tokenizer)
     end = tokenizer.eos_token_id
-    if isinstance(prompt, list):
+    rendered = isinstance(prompt, list)
+    if rendered:
         prompt = apply_template(tokenizer, prompt, None, add_generation_prompt=True)
         end = assistant_stop_id(tokenizer)
-    x = prompt_ids(prompt, tokenizer, vocab_size, args, {}, "")
+    x = prompt_ids(prompt, rendered, tokenizer, vocab_size, args, {}, "")
     responses = []
-    for y, text, stop in zip(encode_after(tokenizer, [prompt] * len(texts), texts, vocab_size), texts, stops):
+    for y, text, stop in zip(encode_after(tokenizer, [prompt] * len(texts), texts), texts, stops):
+        require_known(y, vocab_size)
         if stop is not None or not text:
             y = y + [known_stops.get(stop, end)]
         responses.append(y[: args.max_length - len(x)])
     return x, responses
 
 
-def load_model(name, make, precision, device):
+def load_model(name, make, args, device):
     """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products, but
     for a reward model's head, which is float32 as in training."""
     directory = find_model(name)
-    model = load_weights(build_model(lambda: make(read_config(directory)), device, precision), directory)
+    model = load_weights(build_model(lambda: make(read_config(directory)), device, args.precision), directory)
     model.model.to(model.model.dtype)
     if getattr(model, "lm_head", None) is not None:
         model.lm_head.to(model.model.dtype)
-    return model.eval(), load_tokenizer(directory), directory
+    return model.eval(), load_tokenizer(directory, args.chat_template_kwargs), directory
 
 
 def sampling_stops(directory, tokenizer):
@@ -673,7 +683,7 @@ def sample(args):
         fingerprint = None
         prompts, digest = load_prompts(args, tokenizer=None, vocab_size=None)
     else:
-        policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
+        policy, tokenizer, directory = load_model(args.model, CausalLM, args, device)
         fingerprint = model_fingerprint(directory)
         stops = sampling_stops(directory, tokenizer)
         prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy.config.vocab_size))
@@ -715,7 +725,7 @@ def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device)
+    reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args, device)
     vocab_size = reward_model.model.embed_tokens.num_embeddings
     samples = read_samples(args.samples)
     provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
@@ -786,8 +796,8 @@ def choose_pair(row, rewards, eos, args):
 def golden(args):
     """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
     rank, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args.precision, device)
-    ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args.precision, device)
+    reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args, device)
+    ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args, device)
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
@@ -811,7 +821,7 @@ def golden(args):
     measured = {}  # by weights: the reference policy is step 0 of every run
     for run, path, weights, step, epoch in work:
         if weights not in measured:
-            policy = ref if step == 0 else load_model(str(path), CausalLM, args.precision, device)[0]
+            policy = ref if step == 0 else load_model(str(path), CausalLM, args, device)[0]
             if policy.config.vocab_size != ref.config.vocab_size:
                 raise UserError(f"{path}: vocabulary of {policy.config.vocab_size}, --ref has {ref.config.vocab_size}")
             measured[weights] = measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, args)
@@ -900,7 +910,7 @@ def bench(args):
     """Answers to the questions of AlpacaEval 2 or MT-Bench, in their formats; what turn N says, in OUT.turnN.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
+    policy, tokenizer, directory = load_model(args.model, CausalLM, args, device)
     stops = sampling_stops(directory, tokenizer)
     questions = read_questions(args)
     provenance = vars(args) | dict(policy=model_fingerprint(directory), questions=file_sha256(args.questions))
@@ -923,7 +933,8 @@ def bench(args):
             messages.append(dict(role="user", content=question["turns"][turn]))
             try:
                 text = dialogue(tokenizer, messages, args.template)
-                ids = prompt_ids(text, tokenizer, policy.config.vocab_size, args, cut, question["where"])
+                rendered = args.template != "hh"
+                ids = prompt_ids(text, rendered, tokenizer, policy.config.vocab_size, args, cut, question["where"])
                 prompts[number] = Prompt(number, text, ids, references=[])
             except SkipRow as skip:
                 count_skip(skipped, str(skip), question["where"])
@@ -1502,35 +1513,39 @@ def main():
 
 # ================================================================================= Shared by the scripts: read it once
 # --- shared: demonstration (train_sft, evaluate) ---
+# The forms of a row, in the order in which they count; those of one column hold the prompt, or have none.
+DEMONSTRATIONS = [("prompt", "completion"), ("messages",), ("text",), ("prompt", "chosen"), ("chosen",),
+                  ("completion",)]
+
+
 def split_demonstration(row):
-    """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text};
-    {prompt, completion}; {messages}, of which the last is the completion; preference rows, of which the chosen response
-    is (HH's have the prompt inside)."""
-    prompt = row.get("prompt")
-    completion = row.get("completion", row.get("chosen"))
-    if "text" in row:
-        prompt = None
-        completion = row["text"]
-    elif isinstance(row.get("messages"), list):
-        prompt = row["messages"][:-1]
-        completion = row["messages"][-1:]
-    elif isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
+    """A data row -> prompt or None, completion: texts, or lists of messages; the columns that were read. Raises
+    SkipRow(kind). Of messages the last is the completion, of a preference the chosen response is; HH's have the prompt
+    inside. Null is as good as absent."""
+    filled = {column for column, value in row.items() if value is not None}
+    columns = next((form for form in DEMONSTRATIONS if filled.issuperset(form)), None)
+    if columns is None:
+        raise lacking(row, "prompt and completion")
+    prompt = row[columns[0]] if len(columns) == 2 else None
+    completion = row[columns[-1]]
+    if isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
+        columns = columns[-1:]
         prompt = completion[:-1]
         completion = completion[-1:]
-    elif prompt is None or not {"completion", "chosen"} & row.keys():
+    elif prompt is None and columns != ("text",) and isinstance(completion, str):
         marker = "\n\nAssistant:"
-        if not isinstance(completion, str) or marker not in completion:
-            raise SkipRow(f"no prompt and completion, keys: {[*row]}"[:120])
+        if marker not in completion:
+            raise lacking(row, "prompt and completion")
         end = completion.rfind(marker) + len(marker)
         prompt = completion[:end]
         completion = completion[end:]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return prompt, completion
+        return prompt, completion, columns
     if not isinstance(completion, str) or not isinstance(prompt, str | None):
-        raise SkipRow("wrong types")
+        raise wrong_types(row, columns)
     if not completion.strip():
         raise SkipRow("empty completion")
-    return prompt, completion
+    return prompt, completion, columns
 # --- end shared: demonstration ---
 
 

@@ -39,7 +39,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, shard_like
-from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
+from plumbing.data import (RowTexts, SkipRow, assistant_stop_id, is_verbatim, lacking, load_rows, load_tokenizer,
+                           read_behaviour, render_chat, stop_ids, wrong_types)
 from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main,
                               to_json, write_text)
 from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
@@ -115,7 +116,7 @@ def choose_pad(tokenizer):
     special = [k for k, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True) if token.special]
     llama3 = tokenizer.get_vocab().get("<|finetune_right_pad_id|>")
     ids = [tokenizer.pad_token_id, llama3, tokenizer.bos_token_id, *special]
-    taken = (None, tokenizer.eos_token_id, tokenizer.unk_token_id, assistant_stop_id(tokenizer))
+    taken = {None, tokenizer.unk_token_id} | stop_ids(tokenizer)
     pad = next((k for k in ids if k not in taken), None)
     if pad is None:
         raise UserError("the tokenizer has no special token besides EOS to pad with: set pad_token in"
@@ -236,7 +237,7 @@ def main():
     begin_dir = resumed or model_dir
     config = read_config(begin_dir)
     check_length(config, model_dir, args.max_length)
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir, args.chat_template_kwargs)
     reading = dict(row_type=Pair, split=split_pair, recipes=RECIPES, tokenizer=tokenizer,
                    vocab_size=config.vocab_size, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, source=args.data, held_out=False, **reading)
@@ -347,16 +348,17 @@ class Pair(NamedTuple):
 
 
 def split_pair(row, tokenizer):
-    """A data row -> prompt, [chosen, rejected] as texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings
+    """A data row -> RowTexts of prompt, [chosen, rejected]. Raises SkipRow(kind). Prompts may be implicit: HH's strings
     share all up to the last common "\\n\\nAssistant:", conversations share their first messages."""
     prompt = row.get("prompt")
     chosen = row.get("chosen")
     rejected = row.get("rejected")
-    keys = f"keys: {[*row]}"[:80]
+    columns = ("prompt", "chosen", "rejected", "chosen_logps", "rejected_logps")
     if not {"chosen", "rejected"} <= row.keys():
-        raise SkipRow(f"no chosen and rejected, {keys}")
+        raise lacking(row, "chosen and rejected")
     if chosen and chosen == rejected:
         raise SkipRow("identical responses")
+    logps = (read_behaviour(row, "chosen_logps"), read_behaviour(row, "rejected_logps"))
     if isinstance(chosen, list) and isinstance(rejected, list):
         if not isinstance(prompt, list):
             n = common_length(chosen, rejected)
@@ -365,20 +367,23 @@ def split_pair(row, tokenizer):
             rejected = rejected[n:]
         prompt_text, chosen_text = render_chat(tokenizer, prompt, chosen, row.get("tools"))
         _, rejected_text = render_chat(tokenizer, prompt, rejected, row.get("tools"))
-        return prompt_text, [chosen_text, rejected_text]
-    if not isinstance(chosen, str) or not isinstance(rejected, str) or not isinstance(row.get("prompt", ""), str):
-        raise SkipRow("wrong types")
+        verbatim = (is_verbatim(chosen, chosen_text), is_verbatim(rejected, rejected_text))
+        return RowTexts(prompt=prompt_text, responses=[chosen_text, rejected_text], rendered=True,
+                        columns=(*columns, "tools"), behaviour_logps=logps, verbatim=verbatim)
+    if not isinstance(chosen, str) or not isinstance(rejected, str) or not isinstance(prompt, str | None):
+        raise wrong_types(row, columns[:3])
     if prompt is None:
         marker = "\n\nAssistant:"
         end = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
         if end < len(marker) or marker in chosen[end:] or marker in rejected[end:]:
-            raise SkipRow("prompt mismatch" if marker in chosen else f"no prompt, {keys}")
+            raise SkipRow("prompt mismatch") if marker in chosen else lacking(row, "prompt")
         prompt = chosen[:end]
         chosen = chosen[end:]
         rejected = rejected[end:]
     if not chosen.strip() or not rejected.strip():
         raise SkipRow("empty response")
-    return prompt, [chosen, rejected]
+    return RowTexts(prompt=prompt, responses=[chosen, rejected], rendered=False, columns=columns, behaviour_logps=logps,
+                    verbatim=(True, True))
 
 
 def common_length(a, b):

@@ -35,7 +35,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.logprob import linear_sequence_logps
 from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, shard_like
-from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
+from plumbing.data import (RowTexts, SkipRow, assistant_stop_id, lacking, load_rows, load_tokenizer, render_chat,
+                           wrong_types)
 from plumbing.process import UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main
 from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
                           is_due, model_card, open_tracker, parse_with_preset, run_header, save_or_stop, step_metrics)
@@ -51,11 +52,13 @@ class Example(NamedTuple):
 
 
 def split_example(row, tokenizer):
-    """A data row -> prompt or None, [completion] as texts. Raises SkipRow(kind)."""
-    prompt, completion = split_demonstration(row)
-    if isinstance(completion, list):
+    """A data row -> RowTexts of prompt or None, [completion]. Raises SkipRow(kind)."""
+    prompt, completion, columns = split_demonstration(row)
+    rendered = isinstance(completion, list)
+    if rendered:
         prompt, completion = render_chat(tokenizer, prompt, completion, row.get("tools"))
-    return prompt, [completion]
+        columns = (*columns, "tools")
+    return RowTexts(prompt=prompt, responses=[completion], rendered=rendered, columns=columns)
 
 
 def pack(lengths, capacity):
@@ -191,7 +194,7 @@ def main():
     begin_dir = resumed or model_dir
     config = read_config(begin_dir)
     check_length(config, model_dir, args.max_length)
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir, args.chat_template_kwargs)
     reading = dict(row_type=Example, split=split_example, recipes=RECIPES, tokenizer=tokenizer,
                    vocab_size=config.vocab_size, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
     examples = load_rows(out / "data.safetensors", header, source=args.data, held_out=False, **reading)
@@ -273,35 +276,39 @@ def main():
 
 # ================================================================================= Shared by the scripts: read it once
 # --- shared: demonstration (train_sft, evaluate) ---
+# The forms of a row, in the order in which they count; those of one column hold the prompt, or have none.
+DEMONSTRATIONS = [("prompt", "completion"), ("messages",), ("text",), ("prompt", "chosen"), ("chosen",),
+                  ("completion",)]
+
+
 def split_demonstration(row):
-    """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text};
-    {prompt, completion}; {messages}, of which the last is the completion; preference rows, of which the chosen response
-    is (HH's have the prompt inside)."""
-    prompt = row.get("prompt")
-    completion = row.get("completion", row.get("chosen"))
-    if "text" in row:
-        prompt = None
-        completion = row["text"]
-    elif isinstance(row.get("messages"), list):
-        prompt = row["messages"][:-1]
-        completion = row["messages"][-1:]
-    elif isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
+    """A data row -> prompt or None, completion: texts, or lists of messages; the columns that were read. Raises
+    SkipRow(kind). Of messages the last is the completion, of a preference the chosen response is; HH's have the prompt
+    inside. Null is as good as absent."""
+    filled = {column for column, value in row.items() if value is not None}
+    columns = next((form for form in DEMONSTRATIONS if filled.issuperset(form)), None)
+    if columns is None:
+        raise lacking(row, "prompt and completion")
+    prompt = row[columns[0]] if len(columns) == 2 else None
+    completion = row[columns[-1]]
+    if isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
+        columns = columns[-1:]
         prompt = completion[:-1]
         completion = completion[-1:]
-    elif prompt is None or not {"completion", "chosen"} & row.keys():
+    elif prompt is None and columns != ("text",) and isinstance(completion, str):
         marker = "\n\nAssistant:"
-        if not isinstance(completion, str) or marker not in completion:
-            raise SkipRow(f"no prompt and completion, keys: {[*row]}"[:120])
+        if marker not in completion:
+            raise lacking(row, "prompt and completion")
         end = completion.rfind(marker) + len(marker)
         prompt = completion[:end]
         completion = completion[end:]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return prompt, completion
+        return prompt, completion, columns
     if not isinstance(completion, str) or not isinstance(prompt, str | None):
-        raise SkipRow("wrong types")
+        raise wrong_types(row, columns)
     if not completion.strip():
         raise SkipRow("empty completion")
-    return prompt, completion
+    return prompt, completion, columns
 # --- end shared: demonstration ---
 
 

@@ -1,10 +1,12 @@
 """From files and Hub datasets to rows, from rows to texts (chat templates), from texts to token ids."""
 
 import dataclasses
+import functools
 import gzip
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.process import UserError, on_rank_0, open_safetensors, print_rank0, read_tensors, write_tensors
+from plumbing.process import UserError, on_rank_0, open_safetensors, print_rank0, read_json, read_tensors, write_tensors
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -104,12 +106,17 @@ def json_texts(file):
 
 
 # ---------------------------------------------------------------------------------------- tokenizers and chat templates
+SHAREGPT = ("ShareGPT row: rename conversations to messages, its from to role with human as user and gpt as assistant,"
+            " its value to content")
 TODAY = date(2024, 7, 26)  # for templates that write it (Llama 3.2's own default): a run is the same on any day
 
 
-def load_tokenizer(directory):
+def load_tokenizer(directory, chat_template_kwargs=None):
     """The tokenizer of a model directory: AutoTokenizer's, or meta_tokenizer's where there is only a tokenizer.model.
-    Raises UserError where transformers can load none, or one without EOS."""
+
+    It keeps what its texts depend on besides its own files, as attributes that save_pretrained does not write:
+    chat_template_kwargs, given to every call of its template, and generation_stops, ids that end a completion by
+    generation_config.json. Raises UserError where transformers can load none, or one without EOS."""
     from transformers import AutoTokenizer
 
     try:
@@ -122,7 +129,18 @@ def load_tokenizer(directory):
                         f" tokenizer.json): {error}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    tokenizer.chat_template_kwargs = chat_template_kwargs or {}
+    tokenizer.generation_stops = generation_stops(directory)
     return tokenizer
+
+
+def generation_stops(directory):
+    """The ids at which generation_config.json says to stop, [] where it is silent."""
+    path = directory / "generation_config.json"
+    stops = read_json(path).get("eos_token_id") if path.exists() else None
+    if stops is None:
+        return []
+    return stops if isinstance(stops, list) else [stops]
 
 
 def meta_tokenizer(path):
@@ -148,37 +166,39 @@ def meta_tokenizer(path):
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
 
 
-def encode(tokenizer, texts, vocab_size):
+def encode(tokenizer, texts):
     """Texts -> lists of ids, without BOS and EOS. Special tokens written in the text are parsed, as everywhere in
-    transformers: prompts come already rendered. Raises UserError for an id that the model does not have."""
+    transformers: prompts come already rendered."""
     if not texts:
         return []  # of which transformers would make an IndexError
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    largest = max(tokenizer.eos_token_id, tokenizer.bos_token_id or 0)
-    for text_ids in ids:
-        largest = max(largest, *text_ids, 0)
-    if largest >= vocab_size:
-        raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs"
-                        " to another model")
-    return ids
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def encode_after(tokenizer, befores, texts, vocab_size):
+def encode_after(tokenizer, befores, texts):
     """Ids that texts have after the texts before them: SentencePiece begins a text on its own with a space of its own.
 
     Where the two merge across their border (a prompt that ends with a space) the prompt keeps its ids, and the text has
-    those that it has at the beginning of a line. Raises UserError for an id that the model does not have."""
+    those that it has at the beginning of a line; None if it merges with that too."""
     # The last words decide, at a fraction of a long prompt's cost.
     befores = [before[-64:] for before in befores]
-    heads = encode(tokenizer, befores, vocab_size)
-    wholes = encode(tokenizer, [before + text for before, text in zip(befores, texts)], vocab_size)
+    heads = encode(tokenizer, befores)
+    wholes = encode(tokenizer, [before + text for before, text in zip(befores, texts)])
     line_start = "\n" if begins_with_a_space(tokenizer) else ""
     found = []
     for text, head, whole in zip(texts, heads, wholes):
         if whole[: len(head)] != head:
-            head, whole = encode(tokenizer, [line_start, line_start + text], vocab_size)
-        found.append(whole[len(head) :])
+            head, whole = encode(tokenizer, [line_start, line_start + text])
+        merged = whole[: len(head)] != head
+        found.append(None if merged else whole[len(head) :])
     return found
+
+
+def require_known(ids, vocab_size):
+    """Raises SkipRow where a text has no ids of its own (encode_after's None), or one that the model does not have."""
+    if ids is None:
+        raise SkipRow("response merges with the end of its prompt")
+    if ids and max(ids) >= vocab_size:
+        raise SkipRow(f"token outside the vocabulary of {vocab_size}")
 
 
 def begins_with_a_space(tokenizer):
@@ -188,19 +208,60 @@ def begins_with_a_space(tokenizer):
 
 
 def stop_ids(tokenizer):
-    """The ids that may end a response: special tokens that neither begin a text nor stand for padding or unknowns."""
-    special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special -= {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
-    return special | {tokenizer.eos_token_id}
+    """The ids that end a response, in training as in sampling: EOS, what the chat template ends an assistant's turn
+    with, and what generation_config.json names."""
+    return {tokenizer.eos_token_id, assistant_stop_id(tokenizer), *tokenizer.generation_stops}
 
 
-def truncate_prompt(ids, tokenizer, limit):
-    """One BOS, if the tokenizer has one, then the prompt's end, at most `limit` ids -> ids, how many were cut."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    if bos and ids[:1] == bos:
-        ids = ids[1:]  # a chat template wrote it
-    excess = max(0, len(bos) + len(ids) - limit)
-    return bos + ids[excess:], excess
+def is_verbatim(messages, text):
+    """Does the rendered text of a response begin with what its one message says? A template may trim that, or write an
+    empty block of thoughts before it: then it is not what was sampled."""
+    content = text_messages(messages)[0]["content"]
+    return len(messages) == 1 and bool(content) and text.startswith(content)
+
+
+def assistant_stop_id(tokenizer):
+    """The id that ends an assistant's turn: the first added token that the chat template writes after what is said, be
+    it the pad token or not. EOS where there is no template or it writes none."""
+    said = "0123456789"
+    messages = [dict(role="user", content="a"), dict(role="assistant", content=said)]
+    try:
+        text = apply_template(tokenizer, messages, None, add_generation_prompt=False)
+    except (SkipRow, UserError):
+        return tokenizer.eos_token_id
+    _, found, after = text.rpartition(said)
+    if found:
+        stops = {*added_tokens(tokenizer)} - {tokenizer.bos_token, tokenizer.unk_token} | {tokenizer.eos_token}
+        for token in tokenizer.tokenize(after):
+            if token in stops:
+                return tokenizer.convert_tokens_to_ids(token)
+    return tokenizer.eos_token_id
+
+
+@functools.lru_cache(maxsize=4)  # a tokenizer takes 0.4 ms to say it, once a conversation
+def added_tokens(tokenizer):
+    """The texts of tokens that are no part of the language: special ones, and what fine-tuning added. (Some tokenizers
+    have white space among them.)"""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
+
+
+def text_begin(tokenizer):
+    """[BOS] where the tokenizer begins a text with it, or []: many have a BOS and write none (SmolLM2)."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def finish_prompt(ids, tokenizer, *, begin, max_prompt_length):
+    """A prompt's bare ids -> the ids that a model reads, how many were cut.
+
+    begin: text_begin of text, where it is not written already; [] of what a chat template rendered, which has the BOS
+    that the template wrote, or none. Too long, a prompt keeps its BOS and its end."""
+    if ids[: len(begin)] != begin:
+        ids = begin + ids
+    n_cut = max(0, len(ids) - max_prompt_length)
+    if n_cut and ids[0] == tokenizer.bos_token_id:
+        return ids[:1] + ids[1 + n_cut :], n_cut
+    return ids[n_cut:], n_cut
 
 
 def ensure_stop(ids, tokenizer, stops):
@@ -212,25 +273,75 @@ def ensure_stop(ids, tokenizer, stops):
     return ids
 
 
+def text_messages(messages):
+    """A conversation as templates want it: content given as a list of text parts is joined. Raises SkipRow."""
+    if not isinstance(messages, list):
+        raise SkipRow(f"wrong types, a conversation is {type(messages).__name__}")
+    found = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise SkipRow(f"wrong types, a message is {type(message).__name__}")
+        if "from" in message and "role" not in message:
+            raise SkipRow(SHAREGPT)
+        if not isinstance(message.get("role"), str):
+            raise SkipRow(f"wrong types, a message's role is {type(message.get('role')).__name__}")
+        content = message.get("content")
+        if isinstance(content, list):
+            content = join_parts(content)
+        if not isinstance(content, str) and not message.get("tool_calls"):
+            raise SkipRow(f"wrong types, a message's content is {type(content).__name__}")
+        found.append(message | dict(content=content))
+    return found
+
+
+def join_parts(parts):
+    """[{"type": "text", "text": ..}, ..] -> the text. Raises SkipRow for a part that is none."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            name = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise SkipRow(f"wrong types, a part of a message's content is {name}"[:80])
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def wrong_types(row, columns):
+    """A SkipRow that says what a row's columns hold."""
+    held = [f"{column} is {type(row.get(column)).__name__}" for column in columns]
+    return SkipRow(f"wrong types, {', '.join(held)}")
+
+
+def lacking(row, what):
+    """A SkipRow for a row without the columns `what`, that says which it has. (Where rows of several forms were pooled,
+    the columns of the others are null: as good as absent.)"""
+    if row.get("conversations") is not None:
+        return SkipRow(SHAREGPT)
+    keys = [column for column, value in row.items() if value is not None]
+    return SkipRow(f"no {what}, keys: {keys}"[:120])
+
+
 def apply_template(tokenizer, messages, tools, *, add_generation_prompt):
     """Messages as the text that the chat template gives. Raises SkipRow; UserError if there is no template."""
     if tokenizer.chat_template is None:
         raise UserError("the data is conversational, but the tokenizer has no chat template: use an instruct model's"
                         " tokenizer, or data with text prompts")
+    messages = text_messages(messages)
     try:
         if isinstance(tools, str):
             tools = json.loads(tools or "null")
         # Templates ask `if tools is not none`: a row without any must not say [].
         tools = tools or None
-        return tokenizer.apply_chat_template(messages, chat_template=pin_date(tokenizer.get_chat_template(tools=tools)),
-                                             tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+        template = pin_date(tokenizer.get_chat_template(tools=tools))
+        given = dict(date_string=TODAY.strftime("%d %b %Y")) | tokenizer.chat_template_kwargs
+        return tokenizer.apply_chat_template(messages, chat_template=template, tools=tools, tokenize=False,
+                                             add_generation_prompt=add_generation_prompt, **given)
     except Exception as error:  # a template is a program: it may raise anything
         raise SkipRow(f"refused by the chat template ({' '.join(str(error).split())[:80]})") from None
 
 
 def pin_date(template):
     """A chat template whose calls of strftime_now tell TODAY: transformers' function of that name tells the day, and no
-    other can be given in its place."""
+    other can be given in its place. (Templates that take a `date_string` are given one.)"""
     call = r"""strftime_now\((["'])(.*?)\1\)"""
     return re.sub(call, lambda match: repr(TODAY.strftime(match[2])), template)
 
@@ -238,38 +349,21 @@ def pin_date(template):
 def render_chat(tokenizer, prompt, response, tools=None):
     """Lists of {role, content} -> prompt text, response text by the tokenizer's chat template, up to the stop that
     ends the turn. Raises SkipRow; UserError if there is no template."""
-    messages = prompt + response
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise SkipRow("wrong types")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise SkipRow("wrong types")
+    prompt = text_messages(prompt)
+    response = text_messages(response)
     if not prompt or not response or response[0]["role"] != "assistant":
         raise SkipRow("prompt mismatch")
-    if not any((message.get("content") or "").strip() or message.get("tool_calls") for message in response):
+    if not any((message["content"] or "").strip() or message.get("tool_calls") for message in response):
         raise SkipRow("empty response")
     prompt_text = apply_template(tokenizer, prompt, tools, add_generation_prompt=True)
-    whole = apply_template(tokenizer, messages, tools, add_generation_prompt=False)
+    whole = apply_template(tokenizer, prompt + response, tools, add_generation_prompt=False)
     if not whole.startswith(prompt_text):
         raise SkipRow("chat template does not continue the prompt")
     response_text = whole[len(prompt_text) :]
     # Many templates write a line break after the stop, which no model is to learn: generation is over by then.
-    stops = tuple(tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer))))
-    if response_text.rstrip().endswith(stops):
+    if response_text.rstrip().endswith(added_tokens(tokenizer)):
         response_text = response_text.rstrip()
     return prompt_text, response_text
-
-
-def assistant_stop_id(tokenizer):
-    """The id that ends an assistant's turn in the chat template; EOS where there is no template or it writes none."""
-    prompt = [dict(role="user", content="a")]
-    response = [dict(role="assistant", content="b")]
-    try:
-        _, text = render_chat(tokenizer, prompt, response)
-    except (SkipRow, UserError):
-        return tokenizer.eos_token_id
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ensure_stop(ids, tokenizer, stop_ids(tokenizer))[-1]
 
 
 # ---------------------------------------------------------------------------------------- rows as token ids, once a run
@@ -278,85 +372,131 @@ BATCH = 1000  # rows tokenized together: tokenizers use all cores
 
 @dataclasses.dataclass
 class RowCounts:
-    """What became of the rows of a data set: how many there were; those skipped and cut by kind, see count_skip."""
+    """What became of the rows of a data set: how many there were; those skipped and cut, see count_skip."""
 
     rows: int = 0
     skipped: dict = dataclasses.field(default_factory=dict)
     cut: dict = dataclasses.field(default_factory=dict)
+    # Behaviour log-probs: of how many responses, and where they could not be used.
+    behaviour: dict = dataclasses.field(default_factory=dict)
+    # Columns that hold something, and are not read.
+    unread: list = dataclasses.field(default_factory=list)
 
     def __str__(self):
-        return f"{self.rows} rows; skipped: {describe_skips(self.skipped)}; cut: {describe_skips(self.cut)}"
+        told = f"{self.rows} rows; skipped: {describe_skips(self.skipped)}; cut: {describe_skips(self.cut)}"
+        if self.behaviour:
+            told += f"; behaviour log-probs: {describe_skips(self.behaviour)}"
+        if self.unread:
+            told += f"; columns not read: {', '.join(self.unread)}"
+        return told
 
 
 class RowTexts(NamedTuple):
-    """A data row split: prompt, a text, or None where the one response is plain text that is learned whole."""
+    """What a split function reads in a data row."""
 
-    number: int
-    place: str
-    prompt: str | None
+    prompt: str | None  # None: the one response is plain text, learned whole
     responses: list
+    rendered: bool  # by a chat template, which wrote all special tokens, BOS too
+    columns: tuple  # that were read
+    # A response each: its behaviour log-prob in nats, NaN where the row has none; was it left as its sampler said it?
+    behaviour_logps: tuple = ()
+    verbatim: tuple = ()
 
 
 class RowIds(NamedTuple):
-    """A data row tokenized: its number in the data, [prompt ids, response ids, ..]."""
+    """A data row tokenized: its number in the data; [prompt ids, response ids, ..]; RowTexts.behaviour_logps."""
 
     number: int
     parts: list
+    behaviour_logps: list
+
+
+def read_behaviour(row, column):
+    """The log-prob in nats, summed over a response with its stop, that whoever sampled it gave it; NaN where the row
+    has none. Raises SkipRow where it can be none."""
+    value = row.get(column)
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
+        raise wrong_types(row, [column])
+    if not -math.inf < value <= 0:
+        raise SkipRow(f"{column} positive or not finite")
+    return float(value)
 
 
 def tokenize_rows(rows, split, counts, *, tokenizer, vocab_size, max_length, max_prompt_length):
     """Yield RowIds of the rows [(place, row)] that can be used; the others are counted in `counts`.
 
-    split(row, tokenizer) -> prompt text or None, response texts; raises SkipRow. A prompt is cut to `max_prompt_length`
-    ids, of which it keeps the end, then a response to what of `max_length` is left, of which it loses its own."""
+    split(row, tokenizer) -> RowTexts; raises SkipRow. A prompt is cut to `max_prompt_length` ids, of which it keeps the
+    end, then a response to what of `max_length` is left, of which it loses its own. Raises UserError where the model,
+    of `vocab_size` ids, lacks the tokenizer's EOS or the BOS that it writes: it is another model's."""
+    begin = text_begin(tokenizer)
+    stops = stop_ids(tokenizer)
+    largest = max([tokenizer.eos_token_id, *begin])
+    if largest >= vocab_size:
+        raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs"
+                        " to another model")
     numbered = enumerate(rows)
     while batch := list(itertools.islice(numbered, BATCH)):
         counts.rows += len(batch)
-        texts = split_rows(batch, split, tokenizer, counts)
-        prompts = encode(tokenizer, [row.prompt or "" for row in texts], vocab_size)
-        befores = []
-        afters = []
-        for row in texts:
-            befores += [row.prompt or ""] * len(row.responses)
-            afters += row.responses
-        responses = iter(encode_after(tokenizer, befores, afters, vocab_size))
-        stops = stop_ids(tokenizer)
-        for row, prompt in zip(texts, prompts):
-            own = list(itertools.islice(responses, len(row.responses)))
-            prompt, n_cut = truncate_prompt(prompt, tokenizer, max_prompt_length)
-            # Of plain text the first token is given, as nothing predicts it: BOS, which may be written there already.
-            if row.prompt is None and own[0][:1] == prompt:
-                own = [own[0][1:]]
+        kept = split_rows(batch, split, tokenizer, counts)
+        for (number, place, texts), (prompt, responses) in zip(kept, encode_rows(kept, tokenizer)):
             try:
-                if not prompt and row.prompt is not None:
+                for ids in (prompt, *responses):
+                    require_known(ids, vocab_size)
+                prompt, n_cut = finish_prompt(prompt, tokenizer, begin=[] if texts.rendered else begin,
+                                              max_prompt_length=max_prompt_length)
+                # Of plain text the first token is given, as nothing predicts it: BOS, which it may spell itself.
+                if texts.prompt is None and responses[0][:1] == prompt:
+                    responses = [responses[0][1:]]
+                if not prompt and texts.prompt is not None:
                     raise SkipRow("empty prompt")
-                whole = [ensure_stop(response, tokenizer, stops) for response in own]
-                kept = cut_responses(whole, max_length - len(prompt))
+                responses = [ensure_stop(response, tokenizer, stops) for response in responses]
+                kept_responses = cut_responses(responses, max_length - len(prompt))
             except SkipRow as kind:
-                count_skip(counts.skipped, kind, row.place)
+                count_skip(counts.skipped, kind, place)
                 continue
             if n_cut:
-                count_skip(counts.cut, "prompt", row.place)
-            for before, after in zip(whole, kept):
-                if before != after:
-                    count_skip(counts.cut, "response", row.place)
-            yield RowIds(row.number, [prompt, *kept])
+                count_skip(counts.cut, "prompt", place)
+            is_cut = [a != b for a, b in zip(responses, kept_responses)]
+            for _ in range(sum(is_cut)):
+                count_skip(counts.cut, "response", place)
+            logps = usable_behaviour(texts, is_cut, counts, place)
+            yield RowIds(number, [prompt, *kept_responses], logps)
 
 
 def split_rows(batch, split, tokenizer, counts):
-    """[(number, (place, row))] -> RowTexts of those that can be used; the others are counted."""
-    texts = []
+    """[(number, (place, row))] -> [(number, place, RowTexts)] of those that can be used; the others are counted."""
+    kept = []
     for number, (place, row) in batch:
         try:
-            prompt, responses = split(row, tokenizer)
+            texts = split(row, tokenizer)
             # JSON can hold half of a surrogate pair; no tokenizer takes it.
-            "".join([prompt or "", *responses]).encode()
-            texts.append(RowTexts(number, place, prompt, responses))
+            "".join([texts.prompt or "", *texts.responses]).encode()
         except SkipRow as kind:
             count_skip(counts.skipped, kind, place)
+            continue
         except UnicodeEncodeError:
             count_skip(counts.skipped, "broken Unicode", place)
-    return texts
+            continue
+        kept.append((number, place, texts))
+        for column, value in row.items():
+            if value is not None and column not in texts.columns and column not in counts.unread:
+                counts.unread.append(column)
+    return kept
+
+
+def encode_rows(kept, tokenizer):
+    """Yield (bare prompt ids, [bare ids of each response after it]) of what split_rows kept."""
+    prompts = [texts.prompt or "" for _, _, texts in kept]
+    befores = []
+    afters = []
+    for prompt, (_, _, texts) in zip(prompts, kept):
+        befores += [prompt] * len(texts.responses)
+        afters += texts.responses
+    after_ids = iter(encode_after(tokenizer, befores, afters))
+    for ids, (_, _, texts) in zip(encode(tokenizer, prompts), kept):
+        yield ids, list(itertools.islice(after_ids, len(texts.responses)))
 
 
 def cut_responses(responses, room):
@@ -369,11 +509,25 @@ def cut_responses(responses, room):
     return kept
 
 
+def usable_behaviour(texts, is_cut, counts, place):
+    """A row's behaviour log-probs, NaN where they are of another response than its: one that was longer, or was not
+    what the template made of it. What became of them is counted."""
+    logps = []
+    for logp, verbatim, cut in zip(texts.behaviour_logps, texts.verbatim, is_cut):
+        usable = verbatim and not cut
+        if not math.isnan(logp):
+            kind = "kept" if usable else "dropped as the response was cut or edited"
+            count_skip(counts.behaviour, kind, place)
+        logps.append(logp if usable else math.nan)
+    return logps
+
+
 class TokenizedRows:
     """Data rows as token ids, memory-mapped from the file that load_rows wrote.
 
     rows[i] is a `row_type` (Pair, Example) of lists of ids: a prompt and what follows it. index (P,), int64: the number
-    in the data of the row that each was made of."""
+    in the data of the row that each was made of. behaviour_logps (P, 2), float32, of pairs: read_behaviour of chosen
+    and rejected, NaN also where a response was cut or edited; None of examples."""
 
     def __init__(self, row_type, path):
         file = open_safetensors(path)
@@ -382,6 +536,9 @@ class TokenizedRows:
         self.index = file.get_tensor("index")
         # (P, parts + 1): where in `ids` the parts of a row begin, and where its last one ends.
         self.offsets = file.get_tensor("offsets")
+        self.behaviour_logps = None
+        if "behaviour_logps" in file.keys():
+            self.behaviour_logps = file.get_tensor("behaviour_logps")
 
     def __len__(self):
         return len(self.index)
@@ -416,13 +573,15 @@ def load_rows(path, header, *, row_type, split, source, held_out, recipes, token
                               max_prompt_length=max_prompt_length)
         # A million rows are more than memory should hold.
         with tempfile.TemporaryFile(dir=path.parent) as ids_file:
-            index, offsets = write_ids(found, ids_file)
+            index, offsets, logps = write_ids(found, ids_file)
             report = f"{source}: {len(index)} {noun} of {counts}"
             if not index:
                 raise UserError(f"no usable {noun} in {report}")
             ids = np.memmap(ids_file, np.int32, "r+")
             tensors = dict(ids=torch.as_tensor(ids), index=torch.tensor(index),
                            offsets=torch.tensor(offsets).view(len(index), -1))
+            if logps:
+                tensors["behaviour_logps"] = torch.tensor(logps, dtype=torch.float32).view(len(index), -1)
             write_tensors(path, tensors, key, report)
         return report
 
@@ -431,16 +590,19 @@ def load_rows(path, header, *, row_type, split, source, held_out, recipes, token
 
 
 def write_ids(rows, file):
-    """RowIds -> index, offsets of TokenizedRows, as arrays; their ids follow one another in `file`, as int32."""
+    """RowIds -> index, offsets, behaviour_logps of TokenizedRows, as arrays; their ids follow one another in `file`, as
+    int32."""
     index = array("q")
     offsets = array("q")
+    logps = array("d")
     end = 0
     for row in rows:
         index.append(row.number)
+        logps.extend(row.behaviour_logps)
         offsets.append(end)
         for part in row.parts:
             array("i", part).tofile(file)
             end += len(part)
             offsets.append(end)
     file.flush()
-    return index, offsets
+    return index, offsets, logps

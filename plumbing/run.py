@@ -35,6 +35,14 @@ class Parser(argparse.ArgumentParser):
         raise wrong
 
 
+def json_object(text):
+    """A flag's value that is a JSON object. Raises ValueError, which argparse makes an error of."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
 def check_ranges(parser, args, positive, signed=()):
     """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
     for flag, value in vars(args).items():
@@ -55,6 +63,8 @@ def common_flags(parser):
     add("--eval_data", help="held-out data, likewise; '' for none")
     add("--max_length", type=int, help="tokens of prompt + response at most")
     add("--max_prompt_length", type=int, help="tokens of the prompt, which keeps its end, at most")
+    add("--chat_template_kwargs", type=json_object, metavar="JSON", help="given to the chat template, as"
+        ' {"enable_thinking": false} or {"date_string": "1 Jan 2026"} (None)')
     add = parser.add_argument_group("the run").add_argument
     add("--out", help="run directory; run again with it to resume (named after the flags, in out/)")
     add("--seed", type=int, default=0, help="seed of the data order and of random weights")
@@ -143,7 +153,7 @@ def run_header(script, args, world, device, models):
     parts = [args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")]
     parts = dict.fromkeys(parts)  # each once, in this order
     data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
-    data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY)])
+    data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY), args.chat_template_kwargs])
     header = dict(script=script, args=vars(args))
     header |= dict(commit=git_commit(), versions=dict(torch=torch.__version__, python=sys.version.split()[0]))
     header |= dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", world=world)

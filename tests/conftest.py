@@ -85,8 +85,10 @@ def smollm():
 
 
 def byte_tokenizer(directory, **kwargs):
-    """Save a tokenizer of 259 ids: the 256 bytes, <s> 256, </s> 257, <pad> 258. Every text is representable."""
+    """Save a tokenizer of 259 ids: the 256 bytes, <s> 256, </s> 257, <pad> 258. Every text is representable. It begins a
+    text with BOS, as Llama's do, if it has one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -95,6 +97,9 @@ def byte_tokenizer(directory, **kwargs):
     backend.decoder = decoders.ByteLevel()
     special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>") | kwargs
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    if tokenizer.bos_token:
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tokenizer.save_pretrained(directory)
     return tokenizer
 
