@@ -324,6 +324,12 @@ def reference_logps(path, key, index, compute):
     return torch.stack([tensors["chosen"], tensors["rejected"]], 1)
 
 
+def behaviour_or_reference(behaviour_logps, ref_logps):
+    """What a pair's weight is measured from (P, 2): the log-probs that its data row gives for whoever sampled it; where
+    it gives none (NaN), the reference's, of which the paper's pairs are samples."""
+    return torch.where(behaviour_logps.isnan(), ref_logps, behaviour_logps)
+
+
 def train_step(policy, optimizer, pairs, ref_logps, args, behaviour_logps=None):
     """One optimizer step on a batch of pairs (all ranks hold the whole batch), its ref_logps (B, 2) and behaviour_logps
     (B, 2; the same, if not given). -> logps (B, 2) of the whole batch before the step, global gradient norm before
@@ -411,6 +417,8 @@ def main():
     ref_logps[reached] = reference("ref_logps.safetensors", Subset(pairs, reached), pairs.index[reached])
     if eval_pairs:
         eval_ref_logps = reference("ref_logps_eval.safetensors", eval_pairs, eval_pairs.index)
+        eval_behaviour_logps = behaviour_or_reference(eval_pairs.behaviour_logps, eval_ref_logps)
+    behaviour_logps = behaviour_or_reference(pairs.behaviour_logps, ref_logps)
 
     # Policy and optimizer
     if begin_dir != ref_dir:
@@ -451,7 +459,8 @@ def main():
         lr = learning_rate(step, total, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        logps, grad_norm, applied = train_step(parallel_policy, optimizer, batch, ref_logps[picked], args)
+        logps, grad_norm, applied = train_step(parallel_policy, optimizer, batch, ref_logps[picked], args,
+                                               behaviour_logps=behaviour_logps[picked])
 
         # Log
         step_s = time.perf_counter() - step_began
@@ -461,12 +470,14 @@ def main():
             print_rank0(f"before step 1 |log pi - log ref| was at most {spread:.1e} nats: rounding")
         count_step(state, applied=applied, n_tokens=n_tokens)
         metrics = {"pairs": len(batch)}
-        metrics |= preference_metrics(args, logps.cpu(), ref_logps[picked], pair_lengths(batch))
+        metrics |= preference_metrics(args, logps.cpu(), ref_logps[picked], pair_lengths(batch),
+                                      behaviour_logps=behaviour_logps[picked])
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
         if eval_pairs and is_due(step, interval(args.eval_every, total), total):
             eval_logps = all_logps(policy, eval_pairs, args, "evaluation")
-            evaluated = preference_metrics(args, eval_logps, eval_ref_logps, pair_lengths(eval_pairs))
+            evaluated = preference_metrics(args, eval_logps, eval_ref_logps, pair_lengths(eval_pairs),
+                                           behaviour_logps=eval_behaviour_logps)
             metrics |= {f"eval_{name}": value for name, value in evaluated.items()}
         log.write(step, metrics, step_line(step, total, metrics), applied)
         last_trouble, trouble = trouble, trouble_with_weights(args, metrics, len(batch))

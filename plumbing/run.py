@@ -64,7 +64,7 @@ def common_flags(parser):
     add("--max_length", type=int, help="tokens of prompt + response at most")
     add("--max_prompt_length", type=int, help="tokens of the prompt, which keeps its end, at most")
     add("--chat_template_kwargs", type=json_object, metavar="JSON", help="given to the chat template, as"
-        ' {"enable_thinking": false} or {"date_string": "1 Jan 2026"} (None)')
+        ' {"enable_thinking": false} or {"date_string": "1 Jan 2026"}')
     add = parser.add_argument_group("the run").add_argument
     add("--out", help="run directory; run again with it to resume (named after the flags, in out/)")
     add("--seed", type=int, default=0, help="seed of the data order and of random weights")
@@ -171,8 +171,8 @@ def model_card(header, model_class):
     lines = ["---", "library_name: transformers", f"tags: [is-daa, {args.get('loss', header['script'])}]"]
     lines += [f"base_model: {args['model']}"] if of_hub else []
     lines += ["---", "", f"# {Path(args['out']).name}", ""]
-    lines += [f"Made by IS-DAA's `{header['script']}.py` (commit {header['commit']}) from `{args['model']}` (fingerprint"
-              f" {header['model']}) and the data `{args['data']}` (fingerprint {header['data']}).", ""]
+    lines += [f"Made by IS-DAA's `{header['script']}.py` (commit {header['commit']}) from `{args['model']}`"
+              f" (fingerprint {header['model']}) and the data `{args['data']}` (fingerprint {header['data']}).", ""]
     lines += ["| flag | value |", "|---|---|"]
     for name, value in args.items():
         if name not in FREE_FLAGS and value not in (None, ""):
