@@ -169,6 +169,7 @@ def preference_metrics(args, logps, ref_logps, lengths, behaviour_logps=None):
     chosen_lengths, rejected_lengths = lengths.unbind(1)
     bc, br = behaviour_logps.unbind(1)
     losses, weights = preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, behaviour_logps)
+    # Rewards and ratios are from the reference, the weight from whoever wrote the pair.
     rho_w = pc - rc
     rho_l = pr - rr
     log_ratios = (pc - bc) + (pr - br)  # of the pair: the log of its weight before the cap, whatever the loss
@@ -452,6 +453,7 @@ def main():
     trouble = ""  # with the weights, and for how many steps
     steps_of_trouble = 0
     for step in range(state["step"] + 1, total + 1):
+        # The step: which pairs, at which rate
         step_began = time.perf_counter()
         epoch, k = divmod(step - 1, steps_per_epoch)
         picked = epoch_order(len(pairs), args.seed, epoch)[k * args.batch_size : (k + 1) * args.batch_size]
@@ -835,11 +837,12 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask):
         """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k = k.repeat_interleave(self.H // self.K, dim=1)
+        k = k.repeat_interleave(self.H // self.K, dim=1)  # (B, H, T, head_dim), as q
         v = v.repeat_interleave(self.H // self.K, dim=1)
         P = x.shape[1] - mask.shape[2]
         out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
-        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+        if P:
+            # Plain causal attention takes no mask: at 4,000 tokens twice as fast, and no T x T numbers.
             of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
             out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -879,7 +882,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.frequencies = rope_frequencies(c)
+        self.frequencies = rope_frequencies(c)  # no buffer: it is computed, not loaded, and stays float32
         self.dtype = torch.float32  # of the products; build_model sets it
         self.checkpoint_activations = False
 
@@ -890,9 +893,10 @@ class LlamaModel(nn.Module):
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def forward(self, ids, positions, segments):
-        x = self.embed_tokens(ids).to(self.dtype)
+        x = self.embed_tokens(ids).to(self.dtype)  # (B, T, D)
         cos, sin = self.angles(positions)
         P = ids.shape[1] - segments.shape[1]
+        # One mask for all layers, (B, 1, T - P, T); the first P columns, left out of segments, are prompt: 0.
         mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
