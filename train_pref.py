@@ -515,12 +515,14 @@ def step_line(step, total, m):
 
 
 def next_commands(args, out, ref_dir):
-    """What to ask of the run that has ended: how far it went and how often it wins."""
+    """What to ask of the run that has ended: how far it went from the reference, and how often it wins."""
     evaluate = shlex.quote(str(HERE / "evaluate.py"))
+    truth = shlex.quote(str(HERE / "toy" / "truth.py"))
     run = shlex.quote(str(out.resolve()))
+    if args.preset == "toy":  # the truth labelled its pairs, and judges what the policy says
+        return (f"python {evaluate} golden --preset toy --keep_samples {run} && python {truth} {run}/truth {run} &&"
+                f" python {evaluate} plot {run}/truth/* --out {run}/figs")
     judge = f"--rm REWARD_MODEL --ref {shlex.quote(str(ref_dir.resolve()))} --data HELD_OUT"
-    if args.preset == "toy":
-        judge = "--preset toy"
     return f"python {evaluate} golden {judge} {run} && python {evaluate} plot {run} --out {run}/figs"
 
 

@@ -271,8 +271,9 @@ def main():
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
-    print_rank0(f"next: python {HERE}/train_rm.py --model {out}/final --data LABELLED_PAIRS, or python {HERE}/evaluate.py"
-                f" sample --model {out}/final --data PROMPTS --temperature 1 --top_p 1 --out samples.jsonl")
+    print_rank0(f"next: python {HERE}/train_rm.py --model {out}/final --data LABELLED_PAIRS, or python"
+                f" {HERE}/evaluate.py sample --model {out}/final --data PROMPTS --temperature 1 --top_p 1 --out"
+                " samples.jsonl")
     return 0
 
 
