@@ -3,9 +3,9 @@
     python evaluate.py sample --model out/sft/final --data prompts.jsonl --out samples.jsonl  # completions of a policy
     python evaluate.py label  --rm out/rm/final --samples samples.jsonl --out pairs.jsonl     # golden preference set
     python evaluate.py golden --rm out/rm/final --ref out/sft/final --data held_out.jsonl RUN...    # RUN/golden.jsonl
-    python evaluate.py plot   RUN... --out figs                                               # figures 3 to 6, Table 1
-    python evaluate.py judge  --samples samples.jsonl --api URL --judge gpt-4o-mini --out verdicts.jsonl
     python evaluate.py bench  --suite mt_bench --model out/run/final --questions question.jsonl --out answers.jsonl
+    python evaluate.py judge  --samples samples.jsonl --api URL --judge gpt-4o-mini --out verdicts.jsonl
+    python evaluate.py plot   RUN... --out figs                                               # figures 3 to 6, Table 1
 
 `torchrun --nproc_per_node=4 -- evaluate.py sample ...` divides the prompts among ranks; so do label, golden and bench
 (without the `--` torchrun takes --n for an option of its own).
@@ -45,25 +45,31 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import find_model, model_fingerprint, load_weights
 from plumbing.data import (SkipRow, apply_template, assistant_stop_id, count_skip, describe_skips, encode, encode_after,
-                           load_tokenizer, read_jsonl, read_rows, render_chat, stop_ids, truncate_prompt)
+                           finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows, render_chat, require_known,
+                           stop_ids, text_begin, wrong_types)
 from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, print_rank0,
                               read_json, run_main, write_atomically)
-from plumbing.run import Parser, check_ranges
+from plumbing.run import Parser, check_ranges, json_object
 
 
 # --------------------------------------------------------------------------------------------------- the estimators
 def win_shares(rewards, reference_rewards):
     """Share of the (completion, reference) combinations of each prompt that the completion wins, ties half -> (n,).
     rewards and reference_rewards: a vector a prompt. The win rate is their mean (Appendix D)."""
-    return torch.stack([((ours[:, None] > theirs).double() + 0.5 * (ours[:, None] == theirs)).mean()
-                        for ours, theirs in zip(rewards, reference_rewards)])
+    shares = []
+    for ours, theirs in zip(rewards, reference_rewards):
+        wins = (ours[:, None] > theirs).double()
+        ties = ours[:, None] == theirs
+        shares.append((wins + 0.5 * ties).mean())
+    return torch.stack(shares)
 
 
 def mean_and_error(values):
     """Mean of (n,) values, one a prompt, and its standard error. A prompt's completions are averaged before: they are
     not independent, prompts are (the error clustered by prompt)."""
     n = len(values)
-    return values.mean().item(), (values.double().std() / n**0.5).item() if n > 1 else math.nan
+    error = (values.double().std() / n**0.5).item() if n > 1 else math.nan
+    return values.mean().item(), error
 
 
 def step_kl(policy_logits, ref_logits):
@@ -71,7 +77,8 @@ def step_kl(policy_logits, ref_logits):
     drawn from pi it estimates KL(pi || ref) without bias, is never negative, and varies less than log pi(y) - log
     ref(y), which has the same mean (Rao-Blackwell; Amini et al. 2025). The paper's Appendix C prints log r + (r - 1), r
     = pi/ref: its mean is KL + chi^2."""
-    policy, ref = policy_logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    policy = policy_logits.log_softmax(-1)
+    ref = ref_logits.log_softmax(-1)
     return (policy.exp() * (policy - ref)).sum(-1)
 
 
@@ -81,44 +88,52 @@ class CausalLM(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config, self.model = c, LlamaModel(c)
+        self.config = c
+        self.model = LlamaModel(c)
         self.lm_head = None if c.tie_word_embeddings else CastLinear(c.hidden_size, c.vocab_size, bias=False)
 
     def logits(self, hidden):
         """hidden (N, D) -> logits (N, V), float32 (fp64: float64): 16-bit ones would be rounded to 0.06 near 20."""
-        weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+            return torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        return F.linear(hidden.to(dtype), weight.to(dtype))
+        return F.linear(hidden.to(dtype), head.weight.to(dtype))
 
 
 class Cache:
-    """Keys and values (2, B, K, capacity, head_dim) a layer, and segments (B, capacity; -1: padding), of B rows of
-    tokens, the first `length` of which are there."""
+    """What attention needs of B rows of tokens, of which the first `length` columns are filled: a tensor of keys and
+    values (2, B, K, capacity, head_dim) a layer, and segments (B, capacity), -1 for padding."""
 
     def __init__(self, c, batch, capacity, dtype, device):
         shape = (2, batch, c.num_key_value_heads, capacity, c.head_dim)
         self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(c.num_hidden_layers)]
-        self.segments, self.length = torch.empty(batch, capacity, dtype=torch.long, device=device), 0
+        self.segments = torch.empty(batch, capacity, dtype=torch.long, device=device)
+        self.length = 0
 
     def keep(self, rows):
-        self.segments, self.layers = self.segments[rows], [layer[:, rows] for layer in self.layers]
+        """Drop all rows but those of the mask (B,)."""
+        self.segments = self.segments[rows]
+        self.layers = [layer[:, rows] for layer in self.layers]
 
 
 def cached_forward(model, ids, positions, segments, cache):
     """LlamaModel.forward of tokens (B, T) that follow those in the cache, which takes them in -> hidden (B, T, D)."""
-    start, end = cache.length, cache.length + ids.shape[1]
+    start = cache.length
+    end = start + ids.shape[1]
     segments = F.pad(segments, (ids.shape[1] - segments.shape[1], 0))  # the first columns may be prompt in every row
-    cache.segments[:, start:end], cache.length = segments, end
-    x, (cos, sin) = model.embed_tokens(ids).to(model.dtype), model.angles(positions)
-    query, key = segments[:, None, :, None], cache.segments[:, None, None, :end]
-    seen = ((query == key) | ((key == 0) & (query > 0))).tril(start)  # (B, 1, T, end), as in LlamaModel
+    cache.segments[:, start:end] = segments
+    cache.length = end
+    x = model.embed_tokens(ids).to(model.dtype)
+    cos, sin = model.angles(positions)
+    # The H/K heads of a key-value head are taken for more queries of it: keys and values are not copied for each head.
     group = model.layers[0].self_attn.H // model.layers[0].self_attn.K
-    mask = torch.where(seen, x.new_zeros(()), -math.inf).repeat(1, 1, group, 1)
+    mask = attention_mask(segments, cache.segments[:, :end], x.dtype).repeat(1, 1, group, 1)
     for layer, (keys, values) in zip(model.layers, cache.layers):
-        q, keys[:, :, start:end], values[:, :, start:end] = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
-        grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[3])  # heads of a kv head as more queries: no copies
+        q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
+        grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[3])  # (B, K, H/K * T, head_dim)
         out = F.scaled_dot_product_attention(grouped, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
         x = x + layer.self_attn.o_proj(out.view(q.shape).transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -129,8 +144,11 @@ def uniform_numbers(prompt, k, n, seed):
     """(k, n) numbers in [0, 1), float64: a pure function of (seed, prompt, completion, token). So a completion does not
     depend on the other prompts, the batch or the ranks, and two policies are compared on the same draws."""
     digest = hashlib.sha256(array("i", prompt).tobytes()).hexdigest()
-    generators = [random.Random(f"{seed}/{digest}/{j}") for j in range(k)]
-    return torch.tensor([[generator.random() for _ in range(n)] for generator in generators], dtype=torch.float64)
+    rows = []
+    for j in range(k):
+        generator = random.Random(f"{seed}/{digest}/{j}")
+        rows.append([generator.random() for _ in range(n)])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def next_tokens(logits, uniform, temperature, top_p):
@@ -139,7 +157,8 @@ def next_tokens(logits, uniform, temperature, top_p):
     al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, order = (logits.double() / temperature).softmax(-1), None
+    probs = (logits.double() / temperature).softmax(-1)
+    order = None  # of the columns of probs: that of the ids
     if top_p < 1:
         top, order = probs.topk(min(512, probs.shape[1]))  # nearly always enough, at a tenth of the cost of sorting all
         if not (top.sum(-1) >= top_p).all():
@@ -147,9 +166,12 @@ def next_tokens(logits, uniform, temperature, top_p):
         probs = top * (top.cumsum(-1) - top < top_p)
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
-    point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))  # below it, also rounded
+    # Below the total, also where uniform * total is rounded up to it: no token of probability 0 is drawn.
+    point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, point, right=True)
-    return (index if order is None else order.gather(1, index))[:, 0]
+    if order is not None:
+        index = order.gather(1, index)
+    return index[:, 0]
 
 
 @torch.no_grad()
@@ -159,15 +181,18 @@ def generate(policy, prompts, uniform, temperature, top_p, stops):
     uniform (B, k, n): the random numbers; n tokens at most. A row of the cache holds [prompt | first tokens of the k
     completions | their second tokens | ...]: the prompt is computed and kept once, and segments keep the completions
     from seeing each other."""
-    (B, k, n), device = uniform.shape, device_of(policy)
+    B, k, n = uniform.shape
+    device = device_of(policy)
     uniform = uniform.to(device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     rows, _ = response_rows(prompts, [[]] * B)
-    batch = batch_tensors(rows, [(b, len(prompt) - 1) for b, prompt in enumerate(prompts)], device)
+    last_tokens = [(b, len(prompt) - 1) for b, prompt in enumerate(prompts)]
+    batch = batch_tensors(rows, last_tokens, device)
     cache = Cache(policy.config, B, batch["ids"].shape[1] + k * n, policy.model.dtype, device)
     hidden = cached_forward(policy.model, batch["ids"], batch["positions"], batch["segments"], cache)  # (B, P, D)
     logits = policy.logits(hidden.flatten(0, 1)[batch["predict"]]).repeat_interleave(k, dim=0)
-    stops, segments = torch.tensor(stops, device=device), torch.arange(1, k + 1, device=device)
+    stops = torch.tensor(stops, device=device)
+    segments = torch.arange(1, k + 1, device=device)
     tokens = torch.full((B, k, n), -1, device=device)
     ended = torch.zeros(B, k, dtype=torch.bool, device=device)
     running = torch.arange(B, device=device)  # the prompts that rows of the cache belong to
@@ -180,7 +205,8 @@ def generate(policy, prompts, uniform, temperature, top_p, stops):
         if left == 0 or t == n - 1:
             break
         if left <= len(running) / 2:  # not one by one: each time the cache is copied
-            running, new = running[goes_on], new[goes_on]
+            running = running[goes_on]
+            new = new[goes_on]
             cache.keep(goes_on)
         positions = (lengths[running, None] + t).expand(-1, k)
         hidden = cached_forward(policy.model, new, positions, segments.expand(len(running), k), cache)
@@ -197,25 +223,30 @@ def rounds_of_rank(lengths, size, desc):
         yield micro[rank]
 
 
-def completions(policy, prompts, args, k, temperature, top_p, stops, desc):
+def completions(policy, prompts, args, *, k, temperature, top_p, stops, desc):
     """Generate for all prompts (ids); yield [(index of the prompt, ids of its k completions)] a round, on every
     rank."""
-    for mine in rounds_of_rank([len(prompt) for prompt in prompts], args.batch_size // k, desc):
-        ids, everyones = [], [None] * dist.get_world_size()
+    lengths = [len(prompt) for prompt in prompts]
+    for mine in rounds_of_rank(lengths, args.batch_size // k, desc):
+        ids = []
         if mine:
             uniform = torch.stack([uniform_numbers(prompts[i], k, args.max_new_tokens, args.seed) for i in mine])
             ids = generate(policy, [prompts[i] for i in mine], uniform, temperature, top_p, stops)
-        dist.all_gather_object(everyones, list(zip(mine, ids)))
-        yield list(itertools.chain.from_iterable(everyones))
+        of_ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, list(zip(mine, ids)))
+        yield list(itertools.chain.from_iterable(of_ranks))
 
 
 # ------------------------------------------------------------------------------------------- rewards and divergence
 def response_rows(prompts, responses):
     """Rows [prompt | y_1 | ... | y_k] as in training: (tokens, positions, segments) each, and (row, first column,
     response) of every response in turn."""
-    rows, places = [], []
+    rows = []
+    places = []
     for b, (prompt, ys) in enumerate(zip(prompts, responses)):
-        tokens, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        tokens = list(prompt)
+        positions = list(range(len(prompt)))
+        segments = [0] * len(prompt)
         for number, y in enumerate(ys, 1):
             places.append((b, len(tokens), y))
             tokens += y
@@ -225,7 +256,7 @@ def response_rows(prompts, responses):
     return rows, places
 
 
-def compute_in_batches(compute, prompts, responses, columns, batch_size, desc):
+def compute_in_batches(compute, prompts, responses, *, columns, batch_size, desc):
     """compute(prompts, responses) -> (responses, columns) on batches of about batch_size responses, divided among ranks
     -> a float64 CPU tensor (number of responses of the prompt, columns) a prompt, on every rank."""
     counts = [len(ys) for ys in responses]
@@ -234,8 +265,8 @@ def compute_in_batches(compute, prompts, responses, columns, batch_size, desc):
     lengths = [len(prompt) + sum(map(len, ys)) for prompt, ys in zip(prompts, responses)]
     for mine in rounds_of_rank(lengths, batch_size // max(counts, default=1), desc):
         if mine:
-            where = [r for i in mine for r in range(ends[i] - counts[i], ends[i])]
-            results[where] = compute([prompts[i] for i in mine], [responses[i] for i in mine]).double().cpu()
+            rows = [row for i in mine for row in range(ends[i] - counts[i], ends[i])]
+            results[rows] = compute([prompts[i] for i in mine], [responses[i] for i in mine]).double().cpu()
     dist.all_reduce(results)  # each was computed by one rank: a sum with zeros is exact
     return list(results.split(counts))
 
@@ -251,16 +282,21 @@ def rewards(reward_model, prompts, responses):
 def score(reward_model, prompts, responses, args, known, desc):
     """Rewards of responses (ids, [n][k]), a float64 vector a prompt. Each different (prompt, response) is computed once
     and noted in `known`: in another batch its last bits would differ, and equal responses would not tie."""
-    names = [[(tuple(prompt), tuple(y)) for y in ys] for prompt, ys in zip(prompts, responses)]
-    wanted = {}  # prompt: its responses that are not known
-    for x, y in itertools.chain.from_iterable(names):
+    keys = [[(tuple(prompt), tuple(y)) for y in ys] for prompt, ys in zip(prompts, responses)]
+    unknown = {}  # prompt: its responses, in order, each once
+    for x, y in itertools.chain.from_iterable(keys):
         if (x, y) not in known:
-            wanted.setdefault(x, {})[y] = None
-    found = compute_in_batches(lambda xs, ys: rewards(reward_model, xs, ys), [*wanted],
-                               [[*ys] for ys in wanted.values()], 1, args.batch_size, desc)
-    for (x, ys), values in zip(wanted.items(), found):
-        known.update(zip(((x, y) for y in ys), values[:, 0].tolist()))
-    return [torch.tensor([known[name] for name in of_prompt], dtype=torch.float64) for of_prompt in names]
+            unknown.setdefault(x, {})[y] = None
+
+    def compute(xs, ys):
+        return rewards(reward_model, xs, ys)
+
+    computed = compute_in_batches(compute, list(unknown), [list(ys) for ys in unknown.values()], columns=1,
+                                  batch_size=args.batch_size, desc=desc)
+    for (x, ys), values in zip(unknown.items(), computed):
+        for y, reward in zip(ys, values[:, 0].tolist()):
+            known[x, y] = reward
+    return [torch.tensor([known[key] for key in of_prompt], dtype=torch.float64) for of_prompt in keys]
 
 
 @torch.no_grad()
@@ -269,16 +305,26 @@ def divergences(policy, ref, prompts, responses):
     log ref(y), k1 -> (S, 2), nats. Both estimate KL(pi || ref) if the responses are drawn from pi at temperature 1,
     top-p 1."""
     rows, places = response_rows(prompts, responses)
-    predict = [(row, start + t - 1 if t else len(prompts[row]) - 1) for row, start, y in places for t in range(len(y))]
-    batch = batch_tensors(rows, predict, device_of(policy), targets=[token for *_, y in places for token in y])
-    where = batch["ids"], batch["positions"], batch["segments"]
-    hidden = [m.model(*where).flatten(0, 1)[batch["predict"]] for m in (policy, ref)]
+    predict = []  # a response's first token follows its prompt's last, wherever it stands in the row
+    targets = []
+    for row, start, y in places:
+        predict.append((row, len(prompts[row]) - 1))
+        predict += [(row, start + t) for t in range(len(y) - 1)]
+        targets += y
+    batch = batch_tensors(rows, predict, device_of(policy), targets=targets)
+    hidden = []
+    for model in (policy, ref):
+        x = model.model(batch["ids"], batch["positions"], batch["segments"])
+        hidden.append(x.flatten(0, 1)[batch["predict"]])
+    # In pieces: logits of all steps at once would be gigabytes.
+    size = max(1, 2**25 // policy.config.vocab_size)
     steps = []
-    for a, b, y in zip(*(h.split(max(1, 2**25 // policy.config.vocab_size)) for h in (*hidden, batch["targets"]))):
-        policy_logits, ref_logits = policy.logits(a), ref.logits(b)
+    for policy_hidden, ref_hidden, y in zip(hidden[0].split(size), hidden[1].split(size), batch["targets"].split(size)):
+        policy_logits = policy.logits(policy_hidden)
+        ref_logits = ref.logits(ref_hidden)
         ratios = policy_logits.log_softmax(-1) - ref_logits.log_softmax(-1)
         steps.append(torch.stack([step_kl(policy_logits, ref_logits), ratios.gather(1, y[:, None])[:, 0]], dim=1))
-    lengths = [len(y) for *_, y in places]
+    lengths = [len(y) for _, _, y in places]
     return torch.stack([part.sum(0) for part in torch.cat(steps).double().split(lengths)])
 
 
@@ -305,13 +351,15 @@ PROTOCOL = ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "m
 
 def parse_args(argv=None):
     parser = Parser(description="What a policy says, what judges make of it, whether it over-optimizes.", usage=None)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    flags = {command.__name__: commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
-             for command in (sample, label, golden, plot, judge, bench)}
+    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = {}
+    for command in (sample, label, golden, bench, judge, plot):
+        name = command.__name__
+        commands[name] = subparsers.add_parser(name, help=command.__doc__, description=command.__doc__)
 
-    def add(names, flag, **how):
+    def add(names, flag, **options):
         for name in names.split():
-            flags[name].add_argument(flag, **how)
+            commands[name].add_argument(flag, **options)
 
     models = "sample label golden bench"
     add("golden plot", "runs", nargs="+", metavar="RUN", help="--out of train_pref.py; plot: evaluated by golden")
@@ -340,38 +388,44 @@ def parse_args(argv=None):
     add(draw, "--temperature", type=float, default=0.7, help="0: likeliest token (golden's KL 1; mt_bench by category)")
     add(draw, "--top_p", type=float, default=0.95, help="mass of the likeliest tokens (golden's KL, bench: 1)")
     add(draw, "--max_new_tokens", type=int, help="tokens of a completion at most (preset; bench: 1024)")
-    flags["bench"].set_defaults(temperature=None, top_p=1.0, max_new_tokens=1024)
+    commands["bench"].set_defaults(temperature=None, top_p=1.0, max_new_tokens=1024)
     add("label golden", "--max_length", type=int, help="tokens of prompt + response that are scored (preset)")
     add(models, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end (preset)")
     add(models, "--batch_size", type=int, default=64, help="completions a rank at a time: less takes less memory")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     add(models, "--precision", choices=["bf16", "fp32", "fp64"], default=precision, help="of weights and products")
+    add(models, "--chat_template_kwargs", type=json_object, metavar="JSON", help="given to the chat template, as"
+        ' {"enable_thinking": false}')
     add(models, "--preset", choices=list(PRESETS), help="defaults (None: toy, or paper if a model or data is given)")
     add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
     add(models, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
     add(models + " judge", "--seed", type=int, default=0, help="of all that is drawn; judge: of who is A")
 
     args = parser.parse_args(argv)
-    given = vars(args)
-    if "preset" in given:
-        args.preset = args.preset or ("paper" if any(given.get(x) for x in ("model", "ref", "rm", "data")) else "toy")
-        given.update({x: value for x, value in PRESETS[args.preset].items() if x in given and given[x] is None})
+    values = vars(args)
+    if "preset" in values:
+        of_ones_own = any(values.get(flag) for flag in ("model", "ref", "rm", "data"))
+        args.preset = args.preset or ("paper" if of_ones_own else "toy")
+        for flag, value in PRESETS[args.preset].items():
+            if flag in values and values[flag] is None:
+                values[flag] = value
     for flag in ["api"] if args.command == "judge" else ["model", "ref", "rm", "data"]:
-        if flag in given and not given[flag]:
+        if flag in values and not values[flag]:
             parser.error(f"--{flag} is missing")
-    check_ranges(parser, args, ("n", "k", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "batch_size",
-                                "timeout", "concurrency"), ("log_eps",))
+    positive = ("n", "k", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "batch_size", "timeout",
+                "concurrency")
+    check_ranges(parser, args, positive, signed=("log_eps",))
     if args.command in ("sample", "label", "judge") and not args.out.endswith(".jsonl"):
         parser.error(f"--out {args.out}: the name must end in .jsonl")
-    if given.get("top_p", 1) > 1:
+    if values.get("top_p", 1) > 1:
         parser.error(f"--top_p {args.top_p}: must be at most 1")
-    if "max_length" in given and args.max_prompt_length >= args.max_length:
+    if "max_length" in values and args.max_prompt_length >= args.max_length:
         parser.error(f"--max_prompt_length {args.max_prompt_length} leaves no room in --max_length {args.max_length}")
     return args
 
 
 # ------------------------------------------------------------------------------------------------ prompts and texts
-HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")  # a lone surrogate: JSON can hold it, no tokenizer takes it
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can hold half of a pair, no tokenizer takes it
 # A prompt to answer. index: its row in the data; text: with --api also a list of messages; ids; references: the data's
 # responses to it, (text, stop) each.
 Prompt = namedtuple("Prompt", "index text ids references")
@@ -380,52 +434,66 @@ Prompt = namedtuple("Prompt", "index text ids references")
 def load_prompts(args, tokenizer, vocab_size):
     """-> the first args.n different prompts of args.data, and their sha256. tokenizer None: no ids, and conversations
     stay lists of messages. Rows of one prompt are one: their responses are all references. Raises UserError."""
-    n_rows, found, skipped, cut = 0, {}, {}, {}
+    n_rows = 0
+    prompts = {}  # by their text
+    skipped = {}
+    cut = {}
     for n_rows, (where, row) in enumerate(read_rows(args.data, True, RECIPES), 1):
         try:
-            text, reference = read_prompt(row, tokenizer)
+            text, reference, rendered = read_prompt(row, tokenizer)
             key = json.dumps(text)
-            if key not in found and len(found) == args.n:
-                raise SkipRow("beyond --n")
-            if key not in found:
-                ids = tokenizer and prompt_ids(text, tokenizer, vocab_size, args, cut, where)
-                found[key] = Prompt(n_rows - 1, text, ids, [])
-            if reference and reference not in found[key].references:
-                found[key].references.append(reference)
+            if key not in prompts:
+                if len(prompts) == args.n:
+                    raise SkipRow("beyond --n")
+                ids = tokenizer and prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where)
+                prompts[key] = Prompt(n_rows - 1, text, ids, references=[])
+            if reference and reference not in prompts[key].references:
+                prompts[key].references.append(reference)
         except SkipRow as skip:
             count_skip(skipped, str(skip), where)
-    report = (f"{args.data}: {len(found)} prompts of {n_rows} rows; skipped: {describe_skips(skipped)}; cut:"
+    report = (f"{args.data}: {len(prompts)} prompts of {n_rows} rows; skipped: {describe_skips(skipped)}; cut:"
               f" {describe_skips(cut)}")
-    if not found:
+    if not prompts:
         raise UserError(f"no usable prompts in {report}")
     print_rank0(report)
-    texts = [[prompt.index, prompt.text, prompt.references] for prompt in found.values()]
-    return [*found.values()], hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    texts = [[prompt.index, prompt.text, prompt.references] for prompt in prompts.values()]
+    return list(prompts.values()), hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def read_prompt(row, tokenizer):
-    """A data row -> prompt, and (text, stop) of its response or None. Raises SkipRow."""
-    bare = isinstance(row.get("prompt"), (str, list)) and not {"chosen", "completion", "messages"} & row.keys()
-    text, response = (row["prompt"], "") if bare else split_demonstration(row)
+    """A data row -> prompt, (text, stop) of its response or None, and whether a template rendered them. Raises
+    SkipRow."""
+    without_response = isinstance(row.get("prompt"), (str, list))
+    without_response = without_response and not {"chosen", "completion", "messages"} & row.keys()
+    if without_response:
+        text = row["prompt"]
+        response = ""
+    else:
+        text, response, _ = split_demonstration(row)
     stop = ""
+    rendered = isinstance(text, list)
     if isinstance(text, list) and tokenizer is None:
         response = response and isinstance(response[0], dict) and response[0].get("content") or ""
-    elif isinstance(text, list) and bare:
+    elif isinstance(text, list) and without_response:
         text = apply_template(tokenizer, text, row.get("tools"), add_generation_prompt=True)
     elif isinstance(text, list):
         text, response = render_chat(tokenizer, text, response, row.get("tools"))
         stop = next((stop for stop in stop_texts(tokenizer) if response.endswith(stop)), "")
     if not text:
         raise SkipRow("empty prompt")
-    if HALF_A_PAIR.search(json.dumps([text, response], ensure_ascii=False)):
+    if LONE_SURROGATE.search(json.dumps([text, response], ensure_ascii=False)):
         raise SkipRow("broken Unicode")
-    return text, (response.removesuffix(stop), stop) if response else None
+    return text, (response.removesuffix(stop), stop) if response else None, rendered
 
 
-def prompt_ids(text, tokenizer, vocab_size, args, cut, where):
-    """The ids of a prompt's text, its end where it is too long, which is counted in `cut`. Raises SkipRow."""
-    ids, excess = truncate_prompt(encode(tokenizer, [text], vocab_size)[0], tokenizer, args.max_prompt_length)
-    if excess:
+def prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where):
+    """The ids of a prompt's text, as the trainers make them; its end where it is too long, which is counted in `cut`.
+    rendered: by a chat template. Raises SkipRow."""
+    ids = encode(tokenizer, [text])[0]
+    require_known(ids, vocab_size)
+    ids, n_cut = finish_prompt(ids, tokenizer, begin=[] if rendered else text_begin(tokenizer),
+                               max_prompt_length=args.max_prompt_length)
+    if n_cut:
         count_skip(cut, "prompt", where)
     return ids
 
@@ -434,11 +502,13 @@ def read_samples(path):
     """-> [("file:line", what `sample` wrote)]; `stops`, `references` may lack: all ended, none. Raises UserError."""
     samples = list(read_jsonl(Path(path)))
     for where, row in samples:
-        said, references = row.get("completions"), row.setdefault("references", [])
-        if not (isinstance(row.get("prompt"), (str, list)) and are_texts(said) and said and are_texts(references)
-                and len(row.setdefault("stops", [""] * len(said))) == len(said)):
+        texts = row.get("completions")
+        row.setdefault("references", [])
+        well_formed = isinstance(row.get("prompt"), (str, list)) and are_texts(texts) and texts
+        well_formed = well_formed and are_texts(row["references"])
+        if not well_formed or len(row.setdefault("stops", [""] * len(texts))) != len(texts):
             raise UserError(f"{where}: want prompt, completions, references (texts) and stops, as `sample` writes them")
-        if HALF_A_PAIR.search(json.dumps(row, ensure_ascii=False)):
+        if LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
             raise UserError(f"{where}: half of a surrogate pair: mend or drop that row")
     return samples
 
@@ -454,33 +524,45 @@ def stop_texts(tokenizer):
 
 def completion_text(ids, stops, tokenizer):
     """-> the text (special tokens stay to be seen), the text of the stop that it came to or None, number of tokens."""
-    how, ended = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False), ids[-1] in stops
-    text = tokenizer.decode(ids[:-1] if ended else ids, **how)
-    return text, tokenizer.decode(ids[-1:], **how) if ended else None, len(ids)
+    as_said = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if ids[-1] in stops:
+        text = tokenizer.decode(ids[:-1], **as_said)
+        stop = tokenizer.decode(ids[-1:], **as_said)
+    else:
+        text = tokenizer.decode(ids, **as_said)
+        stop = None
+    return text, stop, len(ids)
 
 
 def scored_ids(tokenizer, prompt, texts, stops, vocab_size, args):
     """A prompt (text or messages), its responses' texts and stops -> their ids, as train_rm.py makes them of a pair:
     cut alike, each with its stop if it came to one (EOS for one that this tokenizer does not know); an empty response
     is a stop alone. Raises SkipRow."""
-    end, known = tokenizer.eos_token_id, stop_texts(tokenizer)
-    if isinstance(prompt, list):
-        prompt, end = apply_template(tokenizer, prompt, None, add_generation_prompt=True), assistant_stop_id(tokenizer)
-    x = prompt_ids(prompt, tokenizer, vocab_size, args, {}, "")
-    ys = encode_after(tokenizer, [prompt] * len(texts), texts, vocab_size)
-    ys = [y if text and stop is None else y + [known.get(stop, end)] for y, text, stop in zip(ys, texts, stops)]
-    return x, [y[: args.max_length - len(x)] for y in ys]
+    known_stops = stop_texts(tokenizer)
+    end = tokenizer.eos_token_id
+    rendered = isinstance(prompt, list)
+    if rendered:
+        prompt = apply_template(tokenizer, prompt, None, add_generation_prompt=True)
+        end = assistant_stop_id(tokenizer)
+    x = prompt_ids(prompt, rendered, tokenizer, vocab_size, args, {}, "")
+    responses = []
+    for y, text, stop in zip(encode_after(tokenizer, [prompt] * len(texts), texts), texts, stops):
+        require_known(y, vocab_size)
+        if stop is not None or not text:
+            y = y + [known_stops.get(stop, end)]
+        responses.append(y[: args.max_length - len(x)])
+    return x, responses
 
 
-def load_model(name, make, precision, device):
+def load_model(name, make, args, device):
     """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products, but
     for a reward model's head, which is float32 as in training."""
     directory = find_model(name)
-    model = load_weights(build_model(lambda: make(read_config(directory)), device, precision), directory)
+    model = load_weights(build_model(lambda: make(read_config(directory)), device, args.precision), directory)
     model.model.to(model.model.dtype)
     if getattr(model, "lm_head", None) is not None:
         model.lm_head.to(model.model.dtype)
-    return model.eval(), load_tokenizer(directory), directory
+    return model.eval(), load_tokenizer(directory, args.chat_template_kwargs), directory
 
 
 def sampling_stops(directory, tokenizer):
@@ -491,36 +573,44 @@ def sampling_stops(directory, tokenizer):
     return sorted({tokenizer.eos_token_id, assistant_stop_id(tokenizer), *stops} - {None})
 
 
-# ------------------------------------------------------------------------------------- files that a second run extends
-def extend_rows(out, about, items, compute, made=None):
+# ------------------------------------------------------------------------- files that a second run of a command goes on
+def complete_rows(out, provenance, items, compute, product=None):
     """The rows {index: row} of items {index: item} in the .jsonl file `out`. compute(the items that it lacks) yields
-    lists of rows, which are on disk before more are computed; an item without a row is left out. OUT.about.json says
-    how they are made: a second run must be told the same, but for the flags FREE: UserError lists the differences, or
-    says that `out`, or the file `made` of it, stands there without it. All ranks call it."""
+    lists of rows, which are on disk before more are computed; an item without a row is left out. All ranks call it.
 
-    def held():
-        sidecar = out.with_suffix(".about.json")
-        then = read_json(sidecar) if sidecar.exists() else about
-        differ = [key for key in sorted({*then, *about} - {*FREE}) if then.get(key) != about.get(key)]
-        if differ:
-            says = "; ".join(f"{key} was {then.get(key)!r}, is {about.get(key)!r}" for key in differ)
-            raise UserError(f"{sidecar}: {out} was made otherwise: {says}. Choose another --out")
-        for path in (out, made or out) if not sidecar.exists() else ():
-            if path.exists():
-                raise UserError(f"{path} exists, and no {sidecar.name} says how it was made: choose another --out")
-        found = read_own_rows(out, ["index"], ["index"])
-        write_json(sidecar, about)
-        return found
-
-    rows = on_rank_0(held)
+    OUT.about.json holds the `provenance`, how the rows are made: a second run must be told the same, but for the flags
+    FREE. UserError lists the differences, or says that `out`, or the file `product` that is made of its rows, stands
+    there without it."""
+    rows = on_rank_0(lambda: rows_so_far(out, provenance, product or out))
     lacking = {index: item for index, item in items.items() if index not in rows}
     if not lacking:
         print_rank0(f"{out} is complete")
     for fresh in compute(lacking):
         append_rows(out, fresh)
-        rows |= {row["index"]: row for row in fresh}
+        for row in fresh:
+            rows[row["index"]] = row
     rows = {index: rows[index] for index in items if index in rows}
     on_rank_0(lambda: write_lines(out, rows.values()))
+    return rows
+
+
+def rows_so_far(out, provenance, product):
+    """What complete_rows begins with: the rows {index: row} that `out` holds, if they were made in the same way."""
+    sidecar = out.with_suffix(".about.json")
+    if sidecar.exists():
+        before = read_json(sidecar)
+        differences = []
+        for key in sorted({*before, *provenance} - {*FREE}):
+            if before.get(key) != provenance.get(key):
+                differences.append(f"{key} was {before.get(key)!r}, is {provenance.get(key)!r}")
+        if differences:
+            raise UserError(f"{sidecar}: {out} was made otherwise: {'; '.join(differences)}. Choose another --out")
+    else:
+        for path in (out, product):
+            if path.exists():
+                raise UserError(f"{path} exists, and no {sidecar.name} says how it was made: choose another --out")
+    rows = read_own_rows(out, fields=["index"], key=["index"])
+    write_json(sidecar, provenance)
     return rows
 
 
@@ -530,11 +620,12 @@ def read_own_rows(path, fields, key):
     else's: a row of ours has the `fields`, the first at its head."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock_for_writing(path)
-    text, rows = path.read_bytes() if path.exists() else b"", {}
+    text = path.read_bytes() if path.exists() else b""
     begins = f'{{"{fields[0]}": '.encode()
     if not begins.startswith(text[: len(begins)]):
         raise UserError(f"{path}:1: not a row of ours: give --out a file of its own")
     lines = read_whole_lines(path) if text else []
+    rows = {}
     for where, row in lines:
         if not {*fields} <= row.keys():
             raise UserError(f"{where}: not a row of ours, which has {', '.join(fields)}: mend or delete it")
@@ -548,7 +639,8 @@ def read_own_rows(path, fields, key):
 
 def read_whole_lines(path):
     """[("file:line", row)] of a JSON-lines file, without a last line that a kill cut in two."""
-    return list(itertools.islice(read_jsonl(path), path.read_bytes().count(b"\n")))
+    n_whole = path.read_bytes().count(b"\n")
+    return list(itertools.islice(read_jsonl(path), n_whole))
 
 
 def append_rows(out, rows):
@@ -562,11 +654,11 @@ def append_rows(out, rows):
 
 def write_once(path, text):
     """A file that is made of finished rows -> " is complete" if it stood there. Raises UserError if it was changed."""
-    if path.exists() and path.read_text() != text:
+    stood_there = path.exists()
+    if stood_there and path.read_text() != text:
         raise UserError(f"{path} holds something else than this command writes there: choose another --out")
-    complete = " is complete" if path.exists() else ""
     write_atomically(path, lambda aside: aside.write_text(text))
-    return complete
+    return " is complete" if stood_there else ""
 
 
 def as_lines(rows):
@@ -581,70 +673,88 @@ def write_json(path, content):
     write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-# ----------------------------------------------------------------------------------------------------- the commands
+# ---------------------------------------------------------------------------------------------------- sample, label
 def sample(args):
     """Completions of a policy, a row a prompt."""
     _, world, device = init_distributed(args.seed, args.timeout, args.threads)
     if args.api and world > 1:
         raise UserError("--api: one process is enough, run it without torchrun")
-    policy = tokenizer = directory = None
-    if not args.api:
-        policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
-    prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy and policy.config.vocab_size))
-    about = vars(args) | dict(policy=directory and model_fingerprint(directory), prompts=digest)
+    if args.api:
+        fingerprint = None
+        prompts, digest = load_prompts(args, tokenizer=None, vocab_size=None)
+    else:
+        policy, tokenizer, directory = load_model(args.model, CausalLM, args, device)
+        fingerprint = model_fingerprint(directory)
+        stops = sampling_stops(directory, tokenizer)
+        prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy.config.vocab_size))
+    provenance = vars(args) | dict(policy=fingerprint, prompts=digest)
 
     def compute(lacking):
         if args.api:
             return api_rows(lacking.values(), args)
-        how = args.k, args.temperature, sampling_stops(directory, tokenizer), "sampling"
-        return sampled_rows(policy, tokenizer, [*lacking.values()], args, *how)
+        return sampled_rows(policy, tokenizer, list(lacking.values()), args, k=args.k, temperature=args.temperature,
+                            stops=stops, desc="sampling")
 
-    rows = extend_rows(Path(args.out), about, {prompt.index: prompt for prompt in prompts}, compute).values()
-    ended = [stop is not None for row in rows for stop in row["stops"]]
-    summary = dict(prompts=len(rows), completions=len(ended), ended=sum(ended))
-    print_rank0(f"{args.out}: {json.dumps(summary | dict(empty=sum(row['completions'].count('') for row in rows)))}")
+    rows = complete_rows(Path(args.out), provenance, {prompt.index: prompt for prompt in prompts}, compute).values()
+    texts = [text for row in rows for text in row["completions"]]
+    stops_said = [stop for row in rows for stop in row["stops"]]
+    ended = len(stops_said) - stops_said.count(None)
+    summary = dict(prompts=len(rows), completions=len(texts), ended=ended, empty=texts.count(""))
+    print_rank0(f"{args.out}: {json.dumps(summary)}")
 
 
-def sampled_rows(policy, tokenizer, prompts, args, k, temperature, stops, desc):
+def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, desc):
     """Yield the rows of prompts with k completions of each, a list a round."""
-    for found in completions(policy, [prompt.ids for prompt in prompts], args, k, temperature, args.top_p, stops, desc):
-        yield [sample_row(prompts[i], [completion_text(y, stops, tokenizer) for y in ys]) for i, ys in found]
+    ids = [prompt.ids for prompt in prompts]
+    rounds = completions(policy, ids, args, k=k, temperature=temperature, top_p=args.top_p, stops=stops, desc=desc)
+    for finished in rounds:
+        rows = []
+        for i, ys in finished:
+            rows.append(sample_row(prompts[i], [completion_text(y, stops, tokenizer) for y in ys]))
+        yield rows
 
 
 def sample_row(prompt, answers):
     """answers: text, stop and number of tokens of each completion."""
-    texts, stops, n_tokens = map(list, zip(*answers))
     return dict(index=prompt.index, prompt=prompt.text, references=[text for text, _ in prompt.references],
-                completions=texts, stops=stops, n_tokens=n_tokens)
+                completions=[text for text, _, _ in answers], stops=[stop for _, stop, _ in answers],
+                n_tokens=[n for _, _, n in answers])
 
 
 def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    out, skipped, pairs = Path(args.out), {}, []
-    reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device)
-    samples, vocab_size = read_samples(args.samples), reward_model.model.embed_tokens.num_embeddings
-    about = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
+    out = Path(args.out)
+    reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args, device)
+    vocab_size = reward_model.model.embed_tokens.num_embeddings
+    samples = read_samples(args.samples)
+    provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
+    skipped = {}
 
     def compute(lacking):
-        known, todo = {}, []
+        known = {}
+        todo = []  # (index, prompt ids, ids of the responses)
         for index, (where, row) in lacking.items():
             try:
-                said = row["completions"], row["stops"]
-                todo.append((index, *scored_ids(tokenizer, row["prompt"], *said, vocab_size, args)))
+                ids = scored_ids(tokenizer, row["prompt"], row["completions"], row["stops"], vocab_size, args)
+                todo.append((index, *ids))
             except SkipRow as skip:
                 count_skip(skipped, str(skip), where)
-        for k in range(0, len(todo), 1024):
-            indices, prompts, responses = zip(*todo[k : k + 1024])
-            found = score(reward_model, prompts, responses, args, known, f"scoring {k} of {len(todo)}")
-            # To 9 decimals: what follows depends on the batch, also in fp64.
-            yield [dict(index=index, rewards=r.round(decimals=9).tolist()) for index, r in zip(indices, found)]
+        for start in range(0, len(todo), 1024):
+            indices, prompts, responses = zip(*todo[start : start + 1024])
+            desc = f"scoring {start} of {len(todo)}"
+            fresh = []
+            for index, of_prompt in zip(indices, score(reward_model, prompts, responses, args, known, desc)):
+                # To 9 decimals: what follows depends on the batch, also in fp64.
+                fresh.append(dict(index=index, rewards=of_prompt.round(decimals=9).tolist()))
+            yield fresh
 
-    scores = extend_rows(out.with_suffix(".scores.jsonl"), about, dict(enumerate(samples)), compute, out)
-    for index, found in scores.items():
+    scores = complete_rows(out.with_suffix(".scores.jsonl"), provenance, dict(enumerate(samples)), compute, out)
+    pairs = []
+    for index, score_row in scores.items():
         where, row = samples[index]
         try:
-            pairs.append(choose_pair(row, found["rewards"], tokenizer.eos_token, args))
+            pairs.append(choose_pair(row, score_row["rewards"], tokenizer.eos_token, args))
         except SkipRow as skip:
             count_skip(skipped, str(skip), where)
     report = f"{args.samples}: {len(pairs)} pairs of {len(samples)} prompts; skipped: {describe_skips(skipped)}"
@@ -658,55 +768,67 @@ def choose_pair(row, rewards, eos, args):
     """The best and the worst of a prompt's completions as a pair, with their rewards. Raises SkipRow. One that is empty
     or was cut is not taken: in a pair's text it would look as if it had ended there. A stop other than the trainer's
     `eos` is written, so that it reads what was said. Noise is a function of (seed, prompt, texts)."""
-    said = [one for one in zip(rewards, row["completions"], row["stops"]) if one[2] is not None and one[1].strip()]
-    if len(said) < 2:
+    candidates = []
+    for reward, text, stop in zip(rewards, row["completions"], row["stops"]):
+        if stop is not None and text.strip():
+            candidates.append((reward, text, stop))
+    if len(candidates) < 2:
         raise SkipRow("fewer than two completions that ended and are not empty")
-    chosen, rejected = max(said, key=lambda one: one[0]), min(said, key=lambda one: one[0])
+    chosen = max(candidates, key=itemgetter(0))
+    rejected = min(candidates, key=itemgetter(0))
     if chosen[0] == rejected[0]:
         raise SkipRow("completions of equal reward")
     if args.noise == "bt":
         drawn = random.Random(json.dumps([args.seed, row["prompt"], chosen[1], rejected[1]])).random()
         if drawn > 1 / (1 + math.exp(rejected[0] - chosen[0])):
             chosen, rejected = rejected, chosen
-    texts = [text if stop == eos else text + stop for _, text, stop in (chosen, rejected)]
-    if isinstance(row["prompt"], list):  # the trainer's template ends them
-        texts = [[dict(role="assistant", content=text)] for _, text, _ in (chosen, rejected)]
-    return dict(prompt=row["prompt"], chosen=texts[0], rejected=texts[1], chosen_reward=chosen[0],
-                rejected_reward=rejected[0])
+
+    def response(text, stop):
+        if isinstance(row["prompt"], list):  # the trainer's template ends it
+            return [dict(role="assistant", content=text)]
+        return text if stop == eos else text + stop
+
+    return dict(prompt=row["prompt"], chosen=response(*chosen[1:]), rejected=response(*rejected[1:]),
+                chosen_reward=chosen[0], rejected_reward=rejected[0])
 
 
+# ----------------------------------------------------------------------------------------------------------- golden
 def golden(args):
     """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
     rank, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args.precision, device)
-    ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args.precision, device)
+    reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args, device)
+    ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args, device)
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
-    known, vocab_size = {}, reward_model.model.embed_tokens.num_embeddings
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
-    protocol, stops = {name: getattr(args, name) for name in PROTOCOL}, sampling_stops(ref_directory, tokenizer)
-    of = dict(rm=model_fingerprint(rm_directory), ref=model_fingerprint(ref_directory), prompts=digest)
-    settings = hashlib.sha256(json.dumps([protocol, of]).encode()).hexdigest()[:12]
-    work = on_rank_0(lambda: golden_work(args.runs, ref_directory, settings))
+    protocol = {name: getattr(args, name) for name in PROTOCOL}
+    stops = sampling_stops(ref_directory, tokenizer)
+    made_of = dict(rm=model_fingerprint(rm_directory), ref=model_fingerprint(ref_directory), prompts=digest)
+    settings = hashlib.sha256(json.dumps([protocol, made_of]).encode()).hexdigest()[:12]
+    work = on_rank_0(lambda: checkpoints_to_evaluate(args.runs, ref_directory, settings))
     print_rank0(f"{len(work)} checkpoints to evaluate, settings {settings}")
+    known = {}
+    vocab_size = reward_model.model.embed_tokens.num_embeddings
 
-    def rate(responses, desc):  # n times (texts, stops) -> n vectors of rewards
-        said = zip(prompts, responses)
-        ids = [scored_ids(rm_tokenizer, prompt.text, *of_prompt, vocab_size, args) for prompt, of_prompt in said]
-        return score(reward_model, *zip(*ids), args, known, desc)
+    def rate(responses, desc):
+        """Texts and stops of the responses to each prompt -> their rewards, a vector a prompt."""
+        rows = []
+        for prompt, (texts, text_stops) in zip(prompts, responses):
+            rows.append(scored_ids(rm_tokenizer, prompt.text, texts, text_stops, vocab_size, args))
+        return score(reward_model, [x for x, _ in rows], [ys for _, ys in rows], args, known, desc)
 
-    references = rate([zip(*prompt.references) for prompt in prompts], "references") if work else None
+    reference_rewards = rate([zip(*prompt.references) for prompt in prompts], "references") if work else None
     measured = {}  # by weights: the reference policy is step 0 of every run
     for run, path, weights, step, epoch in work:
         if weights not in measured:
-            policy = ref if step == 0 else load_model(str(path), CausalLM, args.precision, device)[0]
+            policy = ref if step == 0 else load_model(str(path), CausalLM, args, device)[0]
             if policy.config.vocab_size != ref.config.vocab_size:
                 raise UserError(f"{path}: vocabulary of {policy.config.vocab_size}, --ref has {ref.config.vocab_size}")
-            measured[weights] = measure(policy, ref, tokenizer, stops, prompts, references, rate, args)
+            measured[weights] = measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, args)
         measures, said = measured[weights]
         name = "reference" if step == 0 else path.name
         row = dict(checkpoint=name, step=step, epoch=epoch, **measures, prompts=len(prompts), weights=weights,
-                   settings=settings, protocol=protocol, of=of)
+                   settings=settings, protocol=protocol, of=made_of)
         if args.keep_samples and rank == 0:
             (run / "golden_samples").mkdir(exist_ok=True)
             write_lines(run / "golden_samples" / f"{name}.jsonl", said)
@@ -715,20 +837,24 @@ def golden(args):
         print_rank0(f"{run} {name}: " + ", ".join(f"{x} {row[x]:.3f} +- {row[f'{x}_se']:.3f}" for x in figures))
 
 
-def golden_work(runs, ref_directory, settings):
+def checkpoints_to_evaluate(runs, ref_directory, settings):
     """-> [(run, checkpoint, sha256 of its weights, step, epoch)] that RUN/golden.jsonl lacks under these settings."""
-    work, key = [], ["step", "weights", "settings"]
+    work = []
     for run in map(Path, dict.fromkeys(runs)):
         try:
             header = json.loads((run / "metrics.jsonl").read_text().split("\n")[0])
             steps_per_epoch = math.ceil(header["pairs"] / header["args"]["batch_size"])
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f"{run}: not the --out of a preference run (no metrics.jsonl that says so)") from None
-        found = {int(path.name[5:]): path for path in run.glob("step_*") if path.name[5:].isdecimal()}  # no .bak
+        paths = {0: ref_directory}
+        for path in run.glob("step_*"):
+            if path.name[5:].isdecimal():  # no .bak
+                paths[int(path.name[5:])] = path
         if (run / "final").exists():
-            found.setdefault(header["steps"], run / "final")
-        done = read_own_rows(run / "golden.jsonl", ["checkpoint", *key], key)
-        for step, path in sorted({0: ref_directory, **found}.items()):
+            paths.setdefault(header["steps"], run / "final")
+        done = read_own_rows(run / "golden.jsonl", fields=["checkpoint", "step", "weights", "settings"],
+                             key=["step", "weights", "settings"])
+        for step, path in sorted(paths.items()):
             manifest = path / "manifest.json"
             weights = file_sha256(manifest) if manifest.exists() else model_fingerprint(path)
             if (step, weights, settings) not in done:
@@ -738,29 +864,44 @@ def golden_work(runs, ref_directory, settings):
 
 def measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, args):
     """-> win rate, KL, k1, reward, length, share that ended, each with its standard error; what was said, as rows."""
-    ids, how = [prompt.ids for prompt in prompts], (args.k, args.temperature, stops, "win rate: sampling")
-    rounds = sampled_rows(policy, tokenizer, prompts, args, *how)
+    rounds = sampled_rows(policy, tokenizer, prompts, args, k=args.k, temperature=args.temperature, stops=stops,
+                          desc="win rate: sampling")
     said = sorted(itertools.chain.from_iterable(rounds), key=itemgetter("index"))
-    rewards_ = rate([(row["completions"], row["stops"]) for row in said], "win rate: scoring")
-    rounds = completions(policy, ids, args, args.k, 1.0, 1.0, stops, "KL: sampling")
-    # Cut off at max_new_tokens: the KL of what is said until there.
+    our_rewards = rate([(row["completions"], row["stops"]) for row in said], "win rate: scoring")
+    # The KL is of what the policy says by itself: temperature 1, all tokens. Of one cut off at max_new_tokens it is the
+    # KL of what is said until there.
+    ids = [prompt.ids for prompt in prompts]
+    rounds = completions(policy, ids, args, k=args.k, temperature=1.0, top_p=1.0, stops=stops, desc="KL: sampling")
     drawn = [ys for _, ys in sorted(itertools.chain.from_iterable(rounds))]
-    kls = compute_in_batches(lambda xs, ys: divergences(policy, ref, xs, ys), ids, drawn, 2, args.batch_size, "KL")
-    mean = lambda values: torch.stack([torch.as_tensor(of_prompt).double().mean() for of_prompt in values])
-    per_prompt = dict(win_rate=win_shares(rewards_, reference_rewards), kl=mean([x[:, 0] for x in kls]),
-                      k1=mean([x[:, 1] for x in kls]), reward=mean(rewards_),
-                      length=mean([row["n_tokens"] for row in said]),
-                      ended=mean([[stop is not None for stop in row["stops"]] for row in said]))
+
+    def compute(xs, ys):
+        return divergences(policy, ref, xs, ys)
+
+    kls = compute_in_batches(compute, ids, drawn, columns=2, batch_size=args.batch_size, desc="KL")
+
+    def prompt_means(values):
+        return torch.stack([torch.as_tensor(of_prompt).double().mean() for of_prompt in values])
+
+    ended = [[stop is not None for stop in row["stops"]] for row in said]
+    per_prompt = dict(win_rate=win_shares(our_rewards, reference_rewards),
+                      kl=prompt_means([columns[:, 0] for columns in kls]),
+                      k1=prompt_means([columns[:, 1] for columns in kls]),
+                      reward=prompt_means(our_rewards),
+                      length=prompt_means([row["n_tokens"] for row in said]),
+                      ended=prompt_means(ended))
     measures = {}
     for name, values in per_prompt.items():
         measures[name], measures[f"{name}_se"] = mean_and_error(values)
     root = math.sqrt(max(measures["kl"], 0.0))
-    measures |= dict(sqrt_kl=root, sqrt_kl_se=measures["kl_se"] / (2 * root) if root else 0.0)  # to first order
-    rows = [row | dict(reference_rewards=theirs.tolist(), rewards=ours.tolist())
-            for row, theirs, ours in zip(said, reference_rewards, rewards_)]
+    measures["sqrt_kl"] = root
+    measures["sqrt_kl_se"] = measures["kl_se"] / (2 * root) if root else 0.0  # to first order
+    rows = []
+    for row, theirs, ours in zip(said, reference_rewards, our_rewards):
+        rows.append(row | dict(reference_rewards=theirs.tolist(), rewards=ours.tolist()))
     return measures, rows
 
 
+# ------------------------------------------------------------------------------------------------------------ bench
 # FastChat's sampling temperature of a category (fastchat/llm_judge/common.py, temperature_config); others 0.7.
 MT_BENCH_TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
 
@@ -768,30 +909,36 @@ MT_BENCH_TEMPERATURE = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0,
 def bench(args):
     """Answers to the questions of AlpacaEval 2 or MT-Bench, in their formats; what turn N says, in OUT.turnN.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    out, skipped, cut = Path(args.out), {}, {}
-    policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
-    questions, stops = read_questions(args), sampling_stops(directory, tokenizer)
-    about = vars(args) | dict(policy=model_fingerprint(directory), questions=file_sha256(args.questions))
+    out = Path(args.out)
+    policy, tokenizer, directory = load_model(args.model, CausalLM, args, device)
+    stops = sampling_stops(directory, tokenizer)
+    questions = read_questions(args)
+    provenance = vars(args) | dict(policy=model_fingerprint(directory), questions=file_sha256(args.questions))
+    skipped = {}
+    cut = {}
 
     def compute(lacking):
         for temperature in sorted({questions[number]["temperature"] for number in lacking}):
-            group = [prompt for index, prompt in lacking.items() if questions[index]["temperature"] == temperature]
-            for fresh in sampled_rows(policy, tokenizer, group, args, 1, temperature, stops, f"at {temperature}"):
+            group = [prompt for number, prompt in lacking.items() if questions[number]["temperature"] == temperature]
+            for fresh in sampled_rows(policy, tokenizer, group, args, k=1, temperature=temperature, stops=stops,
+                                      desc=f"at {temperature}"):
                 yield [row | dict(tstamp=time.time()) for row in fresh]
 
     for turn in range(max((len(question["turns"]) for question in questions), default=0)):
         prompts = {}
         for number, question in enumerate(questions):
-            if len(question["messages"]) != 2 * turn or turn == len(question["turns"]):
+            messages = question["messages"]
+            if len(messages) != 2 * turn or turn == len(question["turns"]):
                 continue  # refused before, or answered
-            question["messages"].append(dict(role="user", content=question["turns"][turn]))
+            messages.append(dict(role="user", content=question["turns"][turn]))
             try:
-                text = dialogue(tokenizer, question["messages"], args.template)
-                ids = prompt_ids(text, tokenizer, policy.config.vocab_size, args, cut, question["where"])
-                prompts[number] = Prompt(number, text, ids, [])
+                text = dialogue(tokenizer, messages, args.template)
+                rendered = args.template != "hh"
+                ids = prompt_ids(text, rendered, tokenizer, policy.config.vocab_size, args, cut, question["where"])
+                prompts[number] = Prompt(number, text, ids, references=[])
             except SkipRow as skip:
                 count_skip(skipped, str(skip), question["where"])
-        rows = extend_rows(out.with_suffix(f".turn{turn + 1}.jsonl"), about, prompts, compute, out)
+        rows = complete_rows(out.with_suffix(f".turn{turn + 1}.jsonl"), provenance, prompts, compute, out)
         for number, row in rows.items():
             questions[number]["messages"].append(dict(role="assistant", content=row["completions"][0].strip()))
             questions[number]["tstamp"] = row["tstamp"]
@@ -810,11 +957,13 @@ def read_questions(args):
     questions = []
     for number, (where, row) in enumerate(read_jsonl(Path(args.questions))):  # of alpaca_eval.json, one array, too
         if args.suite == "alpaca_eval":
-            row |= dict(question_id=number, turns=[row.get("instruction")])
+            row["question_id"] = number
+            row["turns"] = [row.get("instruction")]
         if row.get("question_id") is None or not row.get("turns") or not are_texts(row["turns"]):
             raise UserError(f"{where}: question {number}: not one of {args.suite}")
-        temperature = MT_BENCH_TEMPERATURE.get(row.get("category"), 0.7)
-        temperature = temperature if args.temperature is None else args.temperature
+        temperature = args.temperature
+        if temperature is None:
+            temperature = MT_BENCH_TEMPERATURE.get(row.get("category"), 0.7)
         questions.append(row | dict(temperature=temperature, where=where, messages=[]))
     return questions
 
@@ -823,17 +972,19 @@ def dialogue(tokenizer, messages, template):
     """Messages up to a user's as the prompt of the answer: by the chat template or in HH's form. Raises SkipRow."""
     if template == "hh":
         names = dict(user="Human", assistant="Assistant")
-        return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages) + "\n\nAssistant:"
+        turns = [f"\n\n{names[message['role']]}: {message['content']}" for message in messages]
+        return "".join(turns) + "\n\nAssistant:"
     return apply_template(tokenizer, messages, None, add_generation_prompt=True)
 
 
 def bench_row(suite, question, generator):
     """An answer in the suite's format: FastChat's model_answer line or an entry of AlpacaEval's model_outputs.json."""
-    name, said = question["question_id"], [message["content"] for message in question["messages"][1::2]]
+    name = question["question_id"]
+    answers = [message["content"] for message in question["messages"][1::2]]
     if suite == "mt_bench":
         return dict(question_id=name, answer_id=f"{generator}/{name}", model_id=generator,
-                    choices=[dict(index=0, turns=said)], tstamp=question["tstamp"])
-    return dict(dataset=question.get("dataset", ""), instruction=question["turns"][0], output=said[0],
+                    choices=[dict(index=0, turns=answers)], tstamp=question["tstamp"])
+    return dict(dataset=question.get("dataset", ""), instruction=question["turns"][0], output=answers[0],
                 generator=generator)
 
 
@@ -868,8 +1019,9 @@ GIVE_UP = 20  # requests failed in a row, each after its retries: the server is 
 
 def parse_choice(text):
     """A judge's answer -> "A", "B" or None: of the last line that has it alone or after "More helpful:" and such."""
-    found = [line[3] for line in map(CHOICE.fullmatch, text.splitlines()) if line]
-    return found[-1] if found else None
+    matches = [CHOICE.fullmatch(line) for line in text.splitlines()]
+    choices = [match[3] for match in matches if match]
+    return choices[-1] if choices else None
 
 
 def parse_rating(text):
@@ -880,7 +1032,8 @@ def parse_rating(text):
 
 def request_seed(seed, prompt, j):
     """A number in [0, 2^31), a pure function of the seed, the prompt (text or messages) and the completion's index."""
-    return int(hashlib.sha256(json.dumps([seed, prompt, j], sort_keys=True).encode()).hexdigest()[:8], 16) >> 1
+    digest = hashlib.sha256(json.dumps([seed, prompt, j], sort_keys=True).encode()).hexdigest()
+    return int(digest[:8], 16) >> 1
 
 
 def ask_all(items, args):
@@ -899,26 +1052,36 @@ def ask_all(items, args):
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY: a key has plain letters only")
     client = openai.OpenAI(api_key=key, base_url=args.api, **PATIENCE)
-    redact = lambda words: words.replace(key, "[key]") if len(key) > 15 else words  # `x` or `EMPTY` is no secret
+
+    def redact(words):
+        return words.replace(key, "[key]") if len(key) > 15 else words  # `x` or `EMPTY` is no secret
 
     def ask(request):
-        answer = (client.chat.completions if "messages" in request else client.completions).create(**request)
+        endpoint = client.chat.completions if "messages" in request else client.completions
+        answer = endpoint.create(**request)
         choice = answer.choices[0]
         text = choice.message.content if "messages" in request else choice.text
         return dict(text=redact(text or ""), finish_reason=choice.finish_reason, model=redact(answer.model or ""),
                     tokens=answer.usage.completion_tokens if answer.usage else None)
 
-    unsent, running, failures, in_a_row = iter(tqdm(items, disable=None)), {}, [], 0
+    def ask_in_turn(requests):
+        return [ask(request) for request in requests]
+
+    unsent = iter(tqdm(items, disable=None))
+    running = {}
+    failures = []
+    in_a_row = 0
     pool = ThreadPoolExecutor(args.concurrency)
     try:
         while True:
             free = args.concurrency - len(running) if in_a_row < GIVE_UP else 0
             for what, requests in itertools.islice(unsent, free):
-                running[pool.submit(list, map(ask, requests))] = what  # one after another, in a thread
+                running[pool.submit(ask_in_turn, requests)] = what
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                what, in_a_row = running.pop(future), in_a_row + 1
+                what = running.pop(future)
+                in_a_row += 1
                 try:
                     yield what, future.result()
                     in_a_row = 0
@@ -939,59 +1102,80 @@ def ask_all(items, args):
 def api_rows(prompts, args):
     """Like sampled_rows, from a server: each completion a request with its own seed; a text is continued as it is, a
     list of messages answered through the server's chat template. A prompt of whose requests one failed has no row."""
-    how = dict(model=args.model, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
+    sampling = dict(model=args.model, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
     items = []
     for prompt in prompts:
-        what = dict(prompt=prompt.text) if isinstance(prompt.text, str) else dict(messages=prompt.text)
-        seeds = [request_seed(args.seed, prompt.text, j) for j in range(args.k)]
-        items.append((prompt, [what | how | dict(seed=seed) for seed in seeds]))
+        is_text = isinstance(prompt.text, str)
+        requests = []
+        for j in range(args.k):
+            request = dict(prompt=prompt.text) if is_text else dict(messages=prompt.text)
+            requests.append(request | sampling | dict(seed=request_seed(args.seed, prompt.text, j)))
+        items.append((prompt, requests))
     for prompt, replies in ask_all(items, args):
-        stops = ["" if reply["finish_reason"] == "stop" else None for reply in replies]
-        yield [sample_row(prompt, [(reply["text"], stop, reply["tokens"]) for reply, stop in zip(replies, stops)])]
+        answers = []
+        for reply in replies:
+            stop = "" if reply["finish_reason"] == "stop" else None
+            answers.append((reply["text"], stop, reply["tokens"]))
+        yield [sample_row(prompt, answers)]
 
 
 def comparison_tasks(args):
     """-> the requests that compare samples, [(what one asks about, its messages)], and how many completions have
     nothing to be compared with. `completion_is` is the letter of our completion. Texts lose the blanks around them,
     which would tell the writers apart; an empty completion is judged like any other."""
-    tasks, unmatched = [], 0
-    others = read_samples(args.against) if args.against else []
-    others = {json.dumps(row["prompt"]): row["completions"] for _, row in others}
+    tasks = []
+    n_unmatched = 0
+    others = {}
+    for _, row in read_samples(args.against) if args.against else []:
+        others[json.dumps(row["prompt"])] = row["completions"]
     for where, row in read_samples(args.samples):
-        prompt, said = row["prompt"], row["completions"]
+        prompt = row["prompt"]
         if not isinstance(prompt, str):
             raise UserError(f"{where}: the judge's prompt takes texts, this one is a list of messages")
-        opponents = others.get(json.dumps(prompt), []) if args.against else row["references"][:1] * len(said)
-        unmatched += max(0, len(said) - len(opponents))
-        for j, (ours, theirs) in enumerate(zip(said, opponents)):
+        completions_ = row["completions"]
+        if args.against:
+            opponents = others.get(json.dumps(prompt), [])
+        else:
+            opponents = row["references"][:1] * len(completions_)
+        n_unmatched += max(0, len(completions_) - len(opponents))
+        for j, (ours, theirs) in enumerate(zip(completions_, opponents)):
             letter = "AB"[request_seed(args.seed, prompt, j) % 2]
             a, b = (ours, theirs) if letter == "A" else (theirs, ours)
             content = COMPARE.format(prompt=prompt.strip(), a=a.strip(), b=b.strip())
-            tasks.append((dict(prompt=prompt, j=j, completion_is=letter), [dict(role="user", content=content)]))
-    return tasks, unmatched
+            about = dict(prompt=prompt, j=j, completion_is=letter)
+            tasks.append((about, [dict(role="user", content=content)]))
+    return tasks, n_unmatched
 
 
 def mt_bench_tasks(args):
     """Like comparison_tasks: the requests that grade MT-Bench answers one by one, turn 1 and turn 2, in FastChat's
     words; and how many questions have no answer."""
-    folder, tasks, where = Path(args.mt_bench), [], args.samples
+    folder = Path(args.mt_bench)
+    tasks = []
+    where = args.samples
     try:
         templates = {row["name"]: row for _, row in read_jsonl(folder / "judge_prompts.jsonl")}
         questions = {row["question_id"]: row for _, row in read_jsonl(folder / "mt_bench/question.jsonl")}
-        references = {row["question_id"]: row["choices"][0]["turns"]
-                      for _, row in read_jsonl(folder / "mt_bench/reference_answer/gpt-4.jsonl")}
+        references = {}
+        for _, row in read_jsonl(folder / "mt_bench/reference_answer/gpt-4.jsonl"):
+            references[row["question_id"]] = row["choices"][0]["turns"]
         for where, answer in read_jsonl(Path(args.samples)):
             name = answer["question_id"]
             question = questions.pop(name)  # an answer of another model to it is an error
             fields = dict(question=question["turns"], answer=answer["choices"][0]["turns"],
                           ref_answer=references.get(name, []))
-            texts = {f"{field}_{k}": text for field, of_turns in fields.items() for k, text in enumerate(of_turns, 1)}
+            texts = {}
+            for field, turns in fields.items():
+                for turn, text in enumerate(turns, 1):
+                    texts[f"{field}_{turn}"] = text
             texts |= dict(question=texts["question_1"], answer=texts["answer_1"])
             kind = "single-math-v1" if question["category"] in NEED_REFERENCE else "single-v1"
-            for turn, template in enumerate((kind, f"{kind}-multi-turn")[: len(question["turns"])], 1):
+            names = (kind, f"{kind}-multi-turn")[: len(question["turns"])]
+            for turn, template in enumerate(names, 1):
                 system = dict(role="system", content=templates[template]["system_prompt"])
                 user = dict(role="user", content=templates[template]["prompt_template"].format(**texts))
-                tasks.append((dict(question_id=name, category=question["category"], turn=turn), [system, user]))
+                about = dict(question_id=name, category=question["category"], turn=turn)
+                tasks.append((about, [system, user]))
     except (LookupError, TypeError) as error:
         raise UserError(f"{where}: does not fit {folder}, or answers a question twice: {error!r}") from None
     return tasks, len(questions)
@@ -1000,36 +1184,52 @@ def mt_bench_tasks(args):
 def judge(args):
     """Verdicts of a judge behind an API: those that the ledger OUT lacks (delete a line to ask it again) are asked for,
     then all are scored. The key of one is the hash of its request and what it is about: a ledger serves many runs."""
-    tasks, unmatched = (mt_bench_tasks if args.mt_bench else comparison_tasks)(args)
+    if args.mt_bench:
+        tasks, n_unmatched = mt_bench_tasks(args)
+        parse = parse_rating
+        summarize = grade_result
+    else:
+        tasks, n_unmatched = comparison_tasks(args)
+        parse = parse_choice
+        summarize = comparison_result
     if not tasks:
-        raise UserError(f"{args.samples}: nothing to judge, {unmatched} without an opponent or an answer")
-    out, wanted, failed = Path(args.out), {}, None  # wanted, by key: what it is about, request
+        raise UserError(f"{args.samples}: nothing to judge, {n_unmatched} without an opponent or an answer")
+    out = Path(args.out)
+    wanted = {}  # by key: what it is about, its request
     for about, messages in tasks:
         request = dict(model=args.judge, messages=messages, **JUDGE_SAMPLING)
         identity = json.dumps(dict(request, about=about), sort_keys=True, separators=(",", ":"))
         wanted[hashlib.sha256(identity.encode()).hexdigest()] = about, request
-    ledger = read_own_rows(out, ["key", "verdict", "text"], ["key"])
+    ledger = read_own_rows(out, fields=["key", "verdict", "text"], key=["key"])
     pending = [(key, [request]) for key, (_, request) in wanted.items() if key not in ledger]
     print_rank0(f"{out}: {len(wanted)} verdicts wanted, {len(pending)} of them still to be asked of {args.judge}")
+    failure = None
     try:
         for key, (reply,) in ask_all(pending, args):
-            verdict = (parse_rating if args.mt_bench else parse_choice)(reply["text"])
-            ledger[key] = dict(key=key, judge=args.judge, **wanted[key][0], verdict=verdict, **reply)
+            about, _ = wanted[key]
+            ledger[key] = dict(key=key, judge=args.judge, **about, verdict=parse(reply["text"]), **reply)
             append_rows(out, [ledger[key]])
     except UserError as error:
-        failed = error  # what there is, is scored
-    verdicts = [(about, ledger[key]) for key, (about, _) in wanted.items() if key in ledger]
-    scored = [(about, row["verdict"]) for about, row in verdicts if row["verdict"] is not None]
-    malformed = {row["key"]: " ".join(row["text"].split())[:80] for _, row in verdicts if row["verdict"] is None}
-    result = dict(unmatched=unmatched, verdicts_wanted=len(wanted), scored=len(scored), malformed=len(malformed),
-                  missing=len(wanted) - len(verdicts))
+        failure = error  # what there is, is scored
+    scored = []
+    malformed = {}  # in the judge's words; they are not scored
+    n_missing = 0
+    for key, (about, _) in wanted.items():
+        if key not in ledger:
+            n_missing += 1
+        elif ledger[key]["verdict"] is None:
+            malformed[key] = " ".join(ledger[key]["text"].split())[:80]
+        else:
+            scored.append((about, ledger[key]["verdict"]))
+    result = dict(unmatched=n_unmatched, verdicts_wanted=len(wanted), scored=len(scored), malformed=len(malformed),
+                  missing=n_missing)
     if scored:
-        result |= (grade_result if args.mt_bench else comparison_result)(scored)
-    # Malformed verdicts: in the judge's words; they are not scored.
-    write_json(out.with_suffix(".summary.json"), vars(args) | result | dict(malformed_verdicts=malformed))
-    print_rank0(f"{json.dumps(result, indent=2)}\n-> {out.with_suffix('.summary.json')}")
-    if failed:
-        raise failed
+        result |= summarize(scored)
+    summary_file = out.with_suffix(".summary.json")
+    write_json(summary_file, vars(args) | result | dict(malformed_verdicts=malformed))
+    print_rank0(f"{json.dumps(result, indent=2)}\n-> {summary_file}")
+    if failure:
+        raise failure
 
 
 def comparison_result(scored):
@@ -1038,17 +1238,21 @@ def comparison_result(scored):
     for about, choice in scored:
         wins.setdefault(about["prompt"], []).append(float(choice == about["completion_is"]))
     win_rate, error = mean_and_error(torch.tensor([np.mean(of_prompt) for of_prompt in wins.values()]))
-    share_a = sum(choice == "A" for _, choice in scored) / len(scored)
-    return dict(prompts=len(wins), win_rate=win_rate, win_rate_se=error if len(wins) > 1 else None, share_a=share_a)
+    n_a = sum(choice == "A" for _, choice in scored)
+    return dict(prompts=len(wins), win_rate=win_rate, win_rate_se=error if len(wins) > 1 else None,
+                share_a=n_a / len(scored))
 
 
 def grade_result(scored):
     """[(about, 1 to 10)] -> mean grades of categories and overall, a turn and, as FastChat pools them, of both."""
     grades = {}
     for about, rating in scored:
-        for category, turn in itertools.product((about["category"], "overall"), (f"turn_{about['turn']}", "both")):
-            grades.setdefault(category, {}).setdefault(turn, []).append(rating)
-    means = {name: {turn: sum(rs) / len(rs) for turn, rs in turns.items()} for name, turns in grades.items()}
+        for category in (about["category"], "overall"):
+            for turn in (f"turn_{about['turn']}", "both"):
+                grades.setdefault(category, {}).setdefault(turn, []).append(rating)
+    means = {}
+    for category, turns in grades.items():
+        means[category] = {turn: sum(ratings) / len(ratings) for turn, ratings in turns.items()}
     return dict(grades=means)
 
 
@@ -1070,7 +1274,8 @@ Mean ± standard error over n seeds, of one run over prompts; win rates in %, �
 is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
 effective sample size of the weights over the step's pairs, median of the last tenth of the steps.
 """
-METHOD, SETTING = ["beta", "lr", "loss"], ["beta", "lr", "loss", "log_eps"]
+METHOD = ["beta", "lr", "loss"]
+SETTING = [*METHOD, "log_eps"]
 # What runs in one plot share, and what those of one setting share, too
 COMMON = ["protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length",
           "max_prompt_length"]
@@ -1081,41 +1286,50 @@ def read_run(directory):
     """-> flags of a run of train_pref.py (log_eps None where the loss has none), and name, steps (lines of
     metrics.jsonl), points (lines of golden.jsonl under its last settings, win rates in %), `golden settings`, protocol
     and data, fingerprints of the evaluation and of the pairs. Raises UserError."""
-    metrics, golden = Path(directory, "metrics.jsonl"), Path(directory, "golden.jsonl")
+    metrics = Path(directory, "metrics.jsonl")
+    golden_file = Path(directory, "golden.jsonl")
     remedy = f"python evaluate.py golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {directory}"
-    logged, lines = (read_whole_lines(path) if path.is_file() else [] for path in (metrics, golden))
+    logged = read_whole_lines(metrics) if metrics.is_file() else []
     header, *steps = [row for _, row in logged] or [{}]
-    args, points = header.get("args"), {}
+    args = header.get("args")
     if not isinstance(args, dict) or args.get("loss") not in LOOKS or not steps:
         raise UserError(f"{metrics}:1: not the header of a run of train_pref.py, or no steps after it")
+    lines = read_whole_lines(golden_file) if golden_file.is_file() else []
+    last = lines[-1][1] if lines else {}
+    points = {}  # by step
     for where, row in lines:
-        if row.get("settings") == lines[-1][1].get("settings"):
-            measures = {name: row.get(name) for name in ("win_rate", "sqrt_kl", "length")}
-            if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in measures.values()):
-                raise UserError(f"{where}: {measures} must be numbers: delete {golden} and run {remedy}")
-            points[row["step"]] = row | dict(win_rate=100 * row["win_rate"], win_rate_se=100 * row["win_rate_se"])
+        if row.get("settings") != last.get("settings"):
+            continue
+        measures = {name: row.get(name) for name in ("win_rate", "sqrt_kl", "length")}
+        for value in measures.values():
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"{where}: {measures} must be numbers: delete {golden_file} and run {remedy}")
+        points[row["step"]] = row | dict(win_rate=100 * row["win_rate"], win_rate_se=100 * row["win_rate_se"])
     if 0 not in points or len(points) == 1:
-        raise UserError(f"{golden}: no line of step 0, the reference, or none after it: run {remedy}")
+        raise UserError(f"{golden_file}: no line of step 0, the reference, or none after it: run {remedy}")
     if max(points) < header["steps"]:
         print_rank0(f"{directory}: evaluated up to step {max(points)} of {header['steps']}: it stands for the final"
                     " policy")
-    log_eps = args["log_eps"] if args["loss"].startswith("is_") else None
-    points = [points[step] for step in sorted(points)]
-    return args | {"name": directory, "log_eps": log_eps, "steps": steps, "points": points, "data": header.get("data"),
-                   "golden settings": row["settings"], "protocol": row.get("protocol")}
+    return args | {"name": directory, "log_eps": args["log_eps"] if args["loss"].startswith("is_") else None,
+                   "steps": steps, "points": [points[step] for step in sorted(points)], "data": header.get("data"),
+                   "golden settings": last["settings"], "protocol": last.get("protocol")}
 
 
 def check_comparable(runs):
     """Raise UserError where runs were not trained and evaluated alike enough for a figure, or one comes twice."""
     for a, b in itertools.combinations(runs, 2):
-        same_setting, same_seed = all(a[name] == b[name] for name in SETTING), a["seed"] == b["seed"]
-        names = COMMON + OF_SETTING * same_setting
+        same_setting = all(a[name] == b[name] for name in SETTING)
+        same_seed = a["seed"] == b["seed"]
+        names = list(COMMON)
+        if same_setting:
+            names += OF_SETTING
         if same_seed:  # another one may have its own data, reference and reward model
-            names = names + ["golden settings", "data"]  # fingerprints: paths differ between machines
-        differ = [f"{name} {a.get(name)!r} and {b.get(name)!r}" for name in names if a.get(name) != b.get(name)]
-        if differ or (same_setting and same_seed):
-            raise UserError(f"{a['name']} and {b['name']} do not belong in one plot:"
-                            f" {'; '.join(differ) or 'the same setting and seed'}")
+            names += ["golden settings", "data"]  # fingerprints: paths differ between machines
+        differences = [f"{name} {a.get(name)!r} and {b.get(name)!r}" for name in names if a.get(name) != b.get(name)]
+        if same_setting and same_seed and not differences:
+            differences = ["the same setting and seed"]
+        if differences:
+            raise UserError(f"{a['name']} and {b['name']} do not belong in one plot: {'; '.join(differences)}")
 
 
 def average(runs, lines, names, key=()):
@@ -1123,10 +1337,15 @@ def average(runs, lines, names, key=()):
     seeds of each seed's mean, and their standard errors, sd / sqrt(n); of a single seed the errors that it says."""
     import pandas as pd  # here: the other commands do not wait for it
 
-    by, errors = [*SETTING, *key], [f"{name}_se" for name in names]
-    rows = [line | {name: run[name] for name in (*SETTING, "seed")} for run in runs for line in lines(run)]
-    kinds = {"loss": pd.CategoricalDtype(list(LOOKS))} | dict.fromkeys(["log_eps", *names, *errors], float)
-    frame = pd.DataFrame(rows, columns=[*by, "seed", *names, *errors]).astype(kinds)
+    rows = []
+    for run in runs:
+        setting_and_seed = {name: run[name] for name in (*SETTING, "seed")}
+        rows += [line | setting_and_seed for line in lines(run)]
+    by = [*SETTING, *key]
+    errors = [f"{name}_se" for name in names]
+    dtypes = dict.fromkeys(["log_eps", *names, *errors], float)
+    dtypes["loss"] = pd.CategoricalDtype(list(LOOKS))  # in the order in which they are drawn
+    frame = pd.DataFrame(rows, columns=[*by, "seed", *names, *errors]).astype(dtypes)
     seeds = frame.groupby([*by, "seed"], dropna=False, observed=True).mean().reset_index()
     groups = seeds.groupby(by, dropna=False, observed=True)
     spread = groups[names].sem().add_suffix("_se").fillna(groups[errors].mean())
@@ -1138,10 +1357,12 @@ def fit_curve(seeds, start, grid):
     with WR_sft = `start` fixed; the curve at `grid` (G,); 2.5 and 97.5 percentiles (2, G) of curves of 1,000 draws of
     seeds with replacement. A seed is an array (checkpoints, 2) of d > 0 and win rate, and stays whole; three have but
     ten different draws."""
-    fits, picks = [], np.random.default_rng(0).integers(len(seeds), size=(1000, len(seeds)))
-    for pick in [range(len(seeds)), *picks]:
-        d, win_rates = np.concatenate([seeds[k] for k in pick]).T
-        fits.append(np.linalg.lstsq(np.stack([d, -d * np.log(d)], -1), win_rates - start, rcond=None)[0])
+    draws = np.random.default_rng(0).integers(len(seeds), size=(1000, len(seeds)))
+    fits = []  # of all seeds, then of the draws
+    for picked in [range(len(seeds)), *draws]:
+        d, win_rates = np.concatenate([seeds[k] for k in picked]).T
+        columns = np.stack([d, -d * np.log(d)], -1)
+        fits.append(np.linalg.lstsq(columns, win_rates - start, rcond=None)[0])
     curves = [start + grid * (a - b * np.log(grid)) for a, b in fits]
     return fits[0], curves[0], np.percentile(curves[1:], [2.5, 97.5], axis=0)
 
@@ -1157,11 +1378,13 @@ def draw(rows, x, ys, ticks=None, **line):
     for ((beta, lr), panel), column in zip(panels, axes.T):
         column[0].set_title(f"β = {beta:g}, lr {lr:g}", fontsize=10)
         column[-1].set_xlabel(LABELS[x])
-        for (loss, mine), (ax, y) in itertools.product(panel.groupby("loss", observed=True), zip(column, ys)):
+        for loss, of_loss in panel.groupby("loss", observed=True):
             color, marker = LOOKS[loss]
             look = dict(color=color, marker=marker, markersize=4, linewidth=1.8 if loss in COMPARED else 0.8,
                         fillstyle="full" if loss.startswith("is_") else "none")
-            ax.errorbar(mine[x], mine[y], mine[f"{y}_se"], label=loss, elinewidth=0.8, capsize=2, **look | line)
+            for ax, y in zip(column, ys):
+                ax.errorbar(of_loss[x], of_loss[y], of_loss[f"{y}_se"], label=loss, elinewidth=0.8, capsize=2,
+                            **look | line)
         if ticks:
             column[-1].set_xticks(range(len(ticks)), ticks)
     for ax, y in zip(axes[:, 0], ys):
@@ -1174,23 +1397,30 @@ def draw_curves(runs, points):
     its maximum (exp(a/b - 1), WR_sft + b d), where a - b log d - b = 0, if that is inside the data -> rows, figure."""
     import pandas as pd
 
-    figure, rows = draw(points, "sqrt_kl", ["win_rate"], linestyle=""), []
+    figure = draw(points, "sqrt_kl", ["win_rate"], linestyle="")
     axes = dict(zip(points.groupby(["beta", "lr"]).groups, figure.axes))
+    rows = []
     for row in points[points["step"] == 0].to_dict("records"):
-        seeds = [np.array([(point["sqrt_kl"], point["win_rate"]) for point in run["points"][1:] if point["sqrt_kl"]])
-                 for run in runs if all(run[name] == row[name] for name in METHOD)]
+        seeds = []
+        for run in runs:
+            if all(run[name] == row[name] for name in METHOD):
+                after_start = [(point["sqrt_kl"], point["win_rate"]) for point in run["points"][1:] if point["sqrt_kl"]]
+                seeds.append(np.array(after_start))
         if min(map(len, seeds)) < 3:
             continue
-        d, start = np.concatenate(seeds)[:, 0], row["win_rate"]
+        d = np.concatenate(seeds)[:, 0]
+        start = row["win_rate"]
         grid = np.linspace(1e-9, d.max(), 61)
         (a, b), curve, band = fit_curve(seeds, start, grid)
         peak = math.exp(a / b - 1) if b > 0 and a / b < 700 else math.nan  # none that a float holds
         inside = bool(d.min() <= peak <= d.max())
-        rows.append({name: row[name] for name in (*SETTING, "n")}
-                    | dict(start=start, a=a, b=b, peak_sqrt_kl=peak, peak_win_rate=start + b * peak, inside=inside))
-        ax, color, compared = axes[row["beta"], row["lr"]], LOOKS[row["loss"]][0], row["loss"] in COMPARED
-        ax.plot(grid, curve, color=color, linewidth=1.8 if compared else 0.8)
-        if compared:
+        setting = {name: row[name] for name in (*SETTING, "n")}
+        rows.append(setting | dict(start=start, a=a, b=b, peak_sqrt_kl=peak, peak_win_rate=start + b * peak,
+                                   inside=inside))
+        ax = axes[row["beta"], row["lr"]]
+        color, _ = LOOKS[row["loss"]]
+        ax.plot(grid, curve, color=color, linewidth=1.8 if row["loss"] in COMPARED else 0.8)
+        if row["loss"] in COMPARED:
             ax.fill_between(grid, *band, color=color, alpha=0.12, linewidth=0)
         if inside:
             ax.plot(peak, start + b * peak, "*", color=color, markersize=13, mec="white")
@@ -1201,59 +1431,75 @@ def draw_curves(runs, points):
 def run_numbers(run):
     """What Table 1 says of one run: the measures of the final policy and of the peak, the best of the checkpoints and
     the reference; the drop between (points); the ESS share."""
-    peak, final = max(run["points"], key=lambda point: point["win_rate"]), run["points"][-1]
-    numbers = {f"{when}_{name}": x for when, point in dict(peak=peak, final=final).items() for name, x in point.items()}
-    sizes = [line["weights/ess"] for line in run["steps"][-max(1, len(run["steps"]) // 10) :]]
+    peak = max(run["points"], key=itemgetter("win_rate"))
+    final = run["points"][-1]
+    numbers = {f"peak_{name}": value for name, value in peak.items()}
+    numbers |= {f"final_{name}": value for name, value in final.items()}
+    last_tenth = run["steps"][-max(1, len(run["steps"]) // 10) :]
+    sizes = [line["weights/ess"] for line in last_tenth]
     ess = np.nanmedian(np.array(sizes, dtype=float))  # no mean: an epoch's last step may be short. NaN: not finite
     return numbers | dict(drop=peak["win_rate"] - final["win_rate"], ess_share=ess / run["batch_size"])
 
 
 def markdown_table(table):
-    lines = [["loss", "beta", "lr", "log_eps", "n", *TABLE], ["---"] * (5 + len(TABLE))]
+    names = ["loss", "beta", "lr", "log_eps", "n"]
+    lines = [[*names, *TABLE], ["---"] * (len(names) + len(TABLE))]
     for row in table.to_dict("records"):
         numbers = [f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}" for name in TABLE]
-        lines.append([str(row[name]) for name in lines[0][:5]] + numbers)
+        lines.append([str(row[name]) for name in names] + numbers)
     text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return text.replace(" ± nan", "").replace("nan", "-") + TABLE_NOTE
 
 
 def plot(args):
     """Figures 3 to 6 and Table 1 of the runs given, which must belong together."""
-    runs, out = sorted(map(read_run, args.runs), key=lambda run: run["seed"]), Path(args.out)
+    runs = sorted(map(read_run, args.runs), key=itemgetter("seed"))
     check_comparable(runs)
     shown = [run for run in runs if run["log_eps"] in (None, args.log_eps)]
     if not shown:
         raise UserError(f"no run has log_eps {args.log_eps:g}, for figures 3, 4 and 6: choose another --log_eps")
     print_rank0(f"figures 3, 4, 6: {len(shown)} of {len(runs)} runs, those without a log_eps or of {args.log_eps:g}")
     table = average(runs, lambda run: [run_numbers(run)], TABLE)
-    points = average(shown, lambda run: run["points"], ["epoch", "win_rate", "sqrt_kl"], ["step"])
-    size = math.ceil(max(len(run["steps"]) for run in shown) / 20)
-    binned = lambda run: [line | dict(first_step=(line["step"] - 1) // size * size + 1) for line in run["steps"]]
+    points = average(shown, itemgetter("points"), ["epoch", "win_rate", "sqrt_kl"], ["step"])
+    bin_size = math.ceil(max(len(run["steps"]) for run in shown) / 20)
+
+    def binned(run):
+        return [line | dict(first_step=(line["step"] - 1) // bin_size * bin_size + 1) for line in run["steps"]]
+
     bins = average(shown, binned, ["epoch", *TRAINING], ["first_step"])
-    curves, figure3 = draw_curves(shown, points)
-    figures = dict(figure3=(curves, figure3), figure4=(points, draw(points, "epoch", ["win_rate", "sqrt_kl"])),
-                   figure6=(bins, draw(bins, "epoch", TRAINING)))
+    figures = {"figure3": draw_curves(shown, points),
+               "figure4": (points, draw(points, "epoch", ["win_rate", "sqrt_kl"])),
+               "figure6": (bins, draw(bins, "epoch", TRAINING))}
     ablation = table[table.groupby(METHOD, observed=True)["log_eps"].transform("nunique") > 1]
     if len(ablation):
-        places, caps = ablation["log_eps"].rank(method="dense"), sorted(set(ablation["log_eps"]))
+        caps = sorted(set(ablation["log_eps"]))
+        places = ablation["log_eps"].rank(method="dense") - 1
         ys = ["peak_win_rate", "final_win_rate", "final_sqrt_kl"]
-        figures["figure5"] = ablation, draw(ablation.assign(place=places - 1), "place", ys, ticks=caps)
+        figures["figure5"] = ablation, draw(ablation.assign(place=places), "place", ys, ticks=caps)
 
+    out = Path(args.out)
     if out.exists() and any(out.iterdir()) and not (out / "table1.jsonl").exists():
         raise UserError(f"{out} is not empty, and `plot` did not make it: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     lock_for_writing(out)
-    finite = lambda rows: rows.replace(math.inf, "inf")  # JSON has no infinity
-    as_json = dict(orient="records", lines=True, double_precision=15)
-    write_atomically(out / "table1.jsonl", lambda aside: finite(table).to_json(aside, **as_json))
+
+    def write_frame(name, rows):
+        rows = rows.replace(math.inf, "inf")  # JSON has no infinity
+        write_atomically(out / f"{name}.jsonl",
+                         lambda aside: rows.to_json(aside, orient="records", lines=True, double_precision=15))
+
+    write_frame("table1", table)
     write_atomically(out / "table1.md", lambda aside: aside.write_text(markdown_table(table)))
     for stale in out.glob("figure5.*"):  # it would pass for one of these runs
         stale.unlink()
     for name, (rows, figure) in figures.items():
-        legend = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}  # once
+        legend = {}  # each label once
+        for ax in figure.axes:
+            for handle, text in zip(*ax.get_legend_handles_labels()):
+                legend[text] = handle
         figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend))
         write_atomically(out / f"{name}.png", lambda aside: figure.savefig(aside, format="png", dpi=150))
-        write_atomically(out / f"{name}.jsonl", lambda aside: finite(rows).to_json(aside, **as_json))
+        write_frame(name, rows)
     print_rank0(f"{out}: {', '.join(sorted(figures))} and table1.md of {len(runs)} runs")
 
 
@@ -1261,34 +1507,45 @@ def main():
     args = parse_args()
     if args.command in ("judge", "plot"):
         init_distributed(0, 60, 0)  # one process; run_main takes leave of its group
-    return dict(sample=sample, label=label, golden=golden, bench=bench, judge=judge, plot=plot)[args.command](args)
+    commands = dict(sample=sample, label=label, golden=golden, bench=bench, judge=judge, plot=plot)
+    return commands[args.command](args)
 
 
 # ================================================================================= Shared by the scripts: read it once
 # --- shared: demonstration (train_sft, evaluate) ---
+# The forms of a row, in the order in which they count; those of one column hold the prompt, or have none.
+DEMONSTRATIONS = [("prompt", "completion"), ("messages",), ("text",), ("prompt", "chosen"), ("chosen",),
+                  ("completion",)]
+
+
 def split_demonstration(row):
-    """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text};
-    {prompt, completion}; {messages}, of which the last is the completion; preference rows, of which the chosen response
-    is (HH's have the prompt inside)."""
-    prompt, completion = row.get("prompt"), row.get("completion", row.get("chosen"))
-    if "text" in row:
-        prompt, completion = None, row["text"]
-    elif isinstance(row.get("messages"), list):
-        prompt, completion = row["messages"][:-1], row["messages"][-1:]
-    elif isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
-        prompt, completion = completion[:-1], completion[-1:]
-    elif prompt is None or not {"completion", "chosen"} & row.keys():
+    """A data row -> prompt or None, completion: texts, or lists of messages; the columns that were read. Raises
+    SkipRow(kind). Of messages the last is the completion, of a preference the chosen response is; HH's have the prompt
+    inside. Null is as good as absent."""
+    filled = {column for column, value in row.items() if value is not None}
+    columns = next((form for form in DEMONSTRATIONS if filled.issuperset(form)), None)
+    if columns is None:
+        raise lacking(row, "prompt and completion")
+    prompt = row[columns[0]] if len(columns) == 2 else None
+    completion = row[columns[-1]]
+    if isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
+        columns = columns[-1:]
+        prompt = completion[:-1]
+        completion = completion[-1:]
+    elif prompt is None and columns != ("text",) and isinstance(completion, str):
         marker = "\n\nAssistant:"
-        if not isinstance(completion, str) or marker not in completion:
-            raise SkipRow(f"no prompt and completion, keys: {[*row]}"[:120])
-        cut = completion.rfind(marker) + len(marker)
-        prompt, completion = completion[:cut], completion[cut:]
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        if not isinstance(completion, str) or not isinstance(prompt, str | None):
-            raise SkipRow("wrong types")
-        if not completion.strip():
-            raise SkipRow("empty completion")
-    return prompt, completion
+        if marker not in completion:
+            raise lacking(row, "prompt and completion")
+        end = completion.rfind(marker) + len(marker)
+        prompt = completion[:end]
+        completion = completion[end:]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return prompt, completion, columns
+    if not isinstance(completion, str) or not isinstance(prompt, str | None):
+        raise wrong_types(row, columns)
+    if not completion.strip():
+        raise SkipRow("empty completion")
+    return prompt, completion, columns
 # --- end shared: demonstration ---
 
 
@@ -1477,11 +1734,12 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask):
         """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k = k.repeat_interleave(self.H // self.K, dim=1)
+        k = k.repeat_interleave(self.H // self.K, dim=1)  # (B, H, T, head_dim), as q
         v = v.repeat_interleave(self.H // self.K, dim=1)
         P = x.shape[1] - mask.shape[2]
         out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
-        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+        if P:
+            # Plain causal attention takes no mask: at 4,000 tokens twice as fast, and no T x T numbers.
             of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
             out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -1521,7 +1779,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.frequencies = rope_frequencies(c)
+        self.frequencies = rope_frequencies(c)  # no buffer: it is computed, not loaded, and stays float32
         self.dtype = torch.float32  # of the products; build_model sets it
         self.checkpoint_activations = False
 
@@ -1532,9 +1790,10 @@ class LlamaModel(nn.Module):
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def forward(self, ids, positions, segments):
-        x = self.embed_tokens(ids).to(self.dtype)
+        x = self.embed_tokens(ids).to(self.dtype)  # (B, T, D)
         cos, sin = self.angles(positions)
         P = ids.shape[1] - segments.shape[1]
+        # One mask for all layers, (B, 1, T - P, T); the first P columns, left out of segments, are prompt: 0.
         mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:

@@ -181,22 +181,9 @@ def model_files(directory, tokenizer, stop, **changes):
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     path = directory / "generation_config.json"
     generation = read_json(path) if path.exists() else dict(bos_token_id=tokenizer.bos_token_id)
-    stops = [*generation_stops(directory), tokenizer.eos_token_id, stop]
+    stops = [*tokenizer.generation_stops, tokenizer.eos_token_id, stop]
     generation["eos_token_id"] = [*dict.fromkeys(stops)]  # each once, in this order
     return {"config.json": config, "generation_config.json": generation}
-
-
-def generation_stops(directory):
-    """The ids of generation_config.json's eos_token_id, a number or a list; [] where it has none. Raises UserError."""
-    path = directory / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.exists() else None
-    if found is None:
-        return []
-    stops = found if isinstance(found, list) else [found]
-    for stop in stops:
-        if type(stop) is not int or stop < 0:  # not isinstance: True is an int to it
-            raise UserError(f"{path}: eos_token_id is {found!r:.100}: must be a token id or a list of them")
-    return stops
 
 
 def save_tensors(folder, tensors, dtype):
@@ -234,7 +221,8 @@ def save_checkpoint(directory, *, model, tokenizer, files, run, save_dtype="fp32
         if optimizer is not None:
             contents["trainer/state.json"] = state
         for name, content in contents.items():
-            (aside / name).write_text(to_json(content, indent=2), encoding="utf-8")
+            text = content if isinstance(content, str) else to_json(content, indent=2)
+            (aside / name).write_text(text, encoding="utf-8")
         try:
             tokenizer.save_pretrained(aside)
         except Exception as error:  # of no narrower class: what `tokenizers` raises when the disk is full

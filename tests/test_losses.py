@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load_rows
 
 import train_pref as tp
-from plumbing.data import read_rows, tokenize_rows
 
 LOG_2 = math.log(2)
 
@@ -307,10 +307,9 @@ def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt, process_group
     data = setup.tmp / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in setup.rows))
     tokenizer = tp.load_tokenizer(setup.policy_dir)
-    rows = list(enumerate(read_rows(str(data), False, {})))
-    numbered = list(tokenize_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, 272, 128, 96))
-    assert [number for number, _ in numbered] == list(range(6))
-    pairs = [tp.Pair(*ids) for _, ids in numbered]
+    rows, _ = load_rows(tp, data, tokenizer, 272, 128, 96)
+    assert rows.index.tolist() == list(range(6))
+    pairs = list(rows)
     for pair, example in zip(pairs, examples):
         assert list(pair) == [list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
     policy, ref = (tp.load_weights(tp.build_model(lambda: tp.Llama(tp.read_config(d), "torch"), "cpu", "fp32"), d)
@@ -519,6 +518,29 @@ def test_trouble_with_weights():
     assert "at the cap" in trouble([1.5] * 5 + [0.0] * 3)
     assert trouble([1.5] * 4 + [0.0] * 4) == ""
     assert trouble([1.5] * 8, loss="dpo") == ""  # it has no weights to cap
+
+
+# -------------------------------------------------------------------------------------------------- who wrote the pair
+@pytest.mark.parametrize("base", ["dpo", "ipo"])
+def test_the_samplers_log_probs_give_the_on_policy_loss(base):
+    """Pairs of a bandit drawn by a colder policy than the reference, all 16 enumerated: weighted from what drew them, the mean loss
+    is that of pairs drawn by the policy; weighted from the reference it is another number."""
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda: torch.randn(4, generator=generator, dtype=torch.float64)
+    ref = draw().log_softmax(0)
+    policy = (ref + draw()).log_softmax(0)
+    cold = (ref / 0.5).log_softmax(0)
+    w, l = torch.cartesian_prod(torch.arange(4), torch.arange(4)).unbind(1)
+    logps = policy[w], policy[l], ref[w], ref[l]
+    one = torch.ones(16, dtype=torch.float64)
+    args = tp.parse_args(["--loss", f"is_{base}", "--log_eps", "inf", "--beta", "0.5"])
+    drawn = (cold[w] + cold[l]).exp()
+    on_policy = ((policy[w] + policy[l]).exp() * tp.preference_loss(tp.parse_args(["--loss", base, "--beta", "0.5"]), *logps, one, one)[0]).sum()
+    losses, weights = tp.preference_loss(args, *logps, one, one, torch.stack([cold[w], cold[l]], 1))
+    assert (drawn * weights).sum().item() == pytest.approx(1, abs=1e-12)
+    assert (drawn * weights * losses).sum().item() == pytest.approx(on_policy.item(), rel=1e-12)
+    losses, weights = tp.preference_loss(args, *logps, one, one)
+    assert abs((drawn * weights * losses).sum().item() / on_policy.item() - 1) > 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------- Theorem 1

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import train_pref
 from conftest import byte_tokenizer
-from plumbing.checkpoint import find_model, generation_stops, load_weights, verify_checkpoint
+from plumbing.checkpoint import find_model, load_weights, verify_checkpoint
+from plumbing.data import generation_stops
 from plumbing.process import UserError
 from test_faults import data, flags, model_dir  # noqa: F401 (fixtures)
 

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_pref as tp
 from plumbing.checkpoint import model_fingerprint
-from plumbing.data import read_jsonl, read_rows, tokenize_rows
+from plumbing.data import read_jsonl
 from runs import Result, finish, launch, spoil
 
 ROOT = Path(tp.__file__).resolve().parent
@@ -107,8 +108,7 @@ def load(directory, dtype=torch.float32):
 
 def pairs_of(data, directory, max_length, max_prompt_length):
     limits = tp.load_tokenizer(directory), tp.read_config(directory).vocab_size, max_length, max_prompt_length
-    rows = enumerate(read_rows(str(data), False, {}))
-    return [tp.Pair(*ids) for _, ids in tokenize_rows(rows, dict(skipped={}, cut={}), tp.split_pair, *limits)]
+    return list(load_rows(tp, data, *limits)[0])
 
 
 @pytest.fixture(scope="module", params=[*SHAPES, "stories260K"])
@@ -267,6 +267,46 @@ def test_gradient_is_the_mean_over_pairs_of_the_loss(case, process_group, monkey
         total = total - weight * F.logsigmoid(0.1 * ((pc - rc) - (pr - rr))) / len(pairs)
     expected = dict(zip((name for name, _ in model.named_parameters()), torch.autograd.grad(total, list(model.parameters()))))
     assert gradient_difference(expected, grads) < 1e-12
+
+
+def test_a_step_weighted_from_the_sampler(case, process_group, monkeypatch, doubles):
+    """The weight's denominator is the sampler's, the loss's the reference's; each pair by itself, in float64."""
+    directory, pairs = case
+    model = load(directory, torch.float64)
+    ref = spread_refs(model, pairs, torch.float64)
+    sampler = ref + torch.linspace(-0.7, 0.4, ref.numel(), dtype=torch.float64).view_as(ref)
+    step = tp.train_step
+    monkeypatch.setattr(tp, "train_step", lambda *how: step(*how, behaviour_logps=sampler))
+    logps, grads = summed_gradients(model, pairs, ref, monkeypatch, micro_batch_size=3, loss="is_dpo")
+    total = 0.0
+    for pair, (rc, rr), (bc, br) in zip(pairs, ref, sampler):
+        pc, pr = model(**tp.collate_pairs([pair], False, "cpu"))[0]
+        weight = ((pc - bc) + (pr - br)).detach().clamp(max=2.0).exp()
+        total = total - weight * F.logsigmoid(0.1 * ((pc - rc) - (pr - rr))) / len(pairs)
+    expected = dict(zip((name for name, _ in model.named_parameters()), torch.autograd.grad(total, list(model.parameters()))))
+    assert gradient_difference(expected, grads) < 1e-12
+    args = tp.parse_args([str(x) for x in flags("m", "d", "o", loss="is_dpo")])
+    metrics = tp.preference_metrics(args, logps, ref, tp.pair_lengths(pairs), sampler)
+    assert metrics["loss"] == pytest.approx(total.item(), rel=1e-9)
+    assert metrics["weights/log_p50"] == pytest.approx((logps - sampler).sum(1).quantile(0.5).item(), rel=1e-9)
+
+
+def test_columns_of_the_sampler_in_a_run(cli, model_dir, tmp_path):
+    """The first step's weight is exp(pi - sampler) where the row has the columns, and 1 where it has none: pi is the reference."""
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "plain.jsonl", 8).read_text().splitlines()]
+    cli(*flags(model_dir, tmp_path / "plain.jsonl", tmp_path / "a", loss="is_dpo", max_steps=1, batch_size=8)).ok()
+    held = load_file(tmp_path / "a" / "ref_logps.safetensors")
+    shifts = np.linspace(0.1, 0.5, 8)
+    for row, chosen, rejected, shift in zip(rows, held["chosen"].tolist(), held["rejected"].tolist(), shifts):
+        if shift > 0.2:
+            row |= dict(chosen_logps=chosen - shift, rejected_logps=rejected - 2 * shift)
+    (tmp_path / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = cli(*flags(model_dir, tmp_path / "known.jsonl", tmp_path / "b", loss="is_dpo", max_steps=1, batch_size=8)).ok().out
+    weights = np.where(shifts > 0.2, np.exp(np.minimum(3 * shifts, 2.0)), 1.0)
+    (plain,), (known,) = metrics_of(tmp_path / "a"), metrics_of(tmp_path / "b")
+    assert plain["weights/mean"] == pytest.approx(1, abs=1e-4) and known["weights/mean"] == pytest.approx(weights.mean(), rel=1e-4)
+    assert known["loss"] == pytest.approx(math.log(2) * weights.mean(), rel=1e-4) and known["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert "behaviour log-probs: 12 kept" in said
 
 
 # --------------------------------------------------------------------------------------------- steps, in this process
@@ -735,7 +775,8 @@ def test_help_texts_and_presets(monkeypatch):
     for preset, values in tp.PRESETS.items():  # sets flags that exist, and leaves none without a value but what is off
         args = tp.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
         assert all(getattr(args, flag) == value for flag, value in values.items() if preset != "paper" or flag != "data")
-        assert {flag for flag, value in vars(args).items() if value is None} <= {"ref", "shard", "checkpoint_activations"}
+        assert {flag for flag, value in vars(args).items() if value is None} <= {
+            "ref", "shard", "checkpoint_activations", "save_every", "eval_every"}
         assert f"--preset {preset}" in parser.format_help()
     assert tp.parse_args("--preset tldr --beta 0.3".split()).beta == 0.3  # a flag given wins
     mine = tp.parse_args("--model mine --data mine.jsonl".split())  # never the toy's rate and lengths unasked

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load_rows
 from safetensors.torch import load_file, save_file
 
 import train_rm as rm
-from plumbing.data import read_rows, tokenize_rows
 from runs import finish, spoil
 
 SOURCE = Path(rm.__file__).read_text()
@@ -57,8 +57,7 @@ def load(directory, seed=0):
 def pairs_of(data, directory, max_length=34):
     """The pairs; at 34 tokens some responses are cut and end with another token than EOS."""
     limits = rm.load_tokenizer(directory), rm.read_config(directory).vocab_size, max_length, 26
-    rows = enumerate(read_rows(str(data), False, {}))
-    return [rm.Pair(*ids) for _, ids in tokenize_rows(rows, dict(skipped={}, cut={}), rm.split_pair, *limits)]
+    return list(load_rows(rm, data, *limits)[0])
 
 
 def responses(pairs):
@@ -443,3 +442,21 @@ def test_nothing_is_defined_and_not_used():
     names = [name for name, value in vars(rm).items() if getattr(value, "__module__", "") == "train_rm" and
              (inspect.isfunction(value) or inspect.isclass(value))]
     assert len(names) > 25 and [name for name in names if len(re.findall(rf"\b{name}\b", SOURCE)) < 2] == []
+
+
+def test_an_idle_rank_skips_no_step_for_a_pair_elsewhere(run_script, model_dir, tmp_path):
+    """A pair whose loss is NaN ends the updates of the steps that hold it and of no other, also where a rank runs out of pairs and
+    computes one times 0, and where DDP's first backward is of that very pair."""
+    def poison(tensors):
+        (token,) = rm.load_tokenizer(model_dir)("~", add_special_tokens=False)["input_ids"]
+        tensors["model.embed_tokens.weight"][token] = math.nan
+
+    poisoned = rewrite(model_dir, tmp_path / "poisoned", poison)
+    rows = [dict(prompt=f"p{k}:", chosen="Aa~" if k == 0 else "Aa", rejected="Bbb") for k in range(5)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = flags(poisoned, data, tmp_path / "run", batch_size=4, epochs=3, max_steps=0, micro_batch_size=1, warmup_steps=0)
+    run_script("train_rm")(*argv, world=2).ok()
+    skipped = [line["skipped"] for line in metrics_of(tmp_path / "run")]
+    in_step = [any(i == 0 for i in rm.epoch_order(5, 0, epoch)[start : start + 4]) for epoch in range(3) for start in (0, 4)]
+    assert skipped == np.cumsum(in_step).tolist() and skipped[-1] == 3
