@@ -146,9 +146,12 @@ def lock_for_writing(path):
     except BlockingIOError:
         file.seek(0)
         raise UserError(f"{path} is being written by {file.read()}: wait for it, or choose another --out") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {lock}: {error}") from None
     HELD_LOCKS[path] = file
 
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import (check_mark, checkpoints, model_fingerprint, prune_checkpoints, step_of,
                                  verify_checkpoint)
-from plumbing.data import TODAY
-from plumbing.process import (UserError, file_sha256, fsync_and_chmod, lock_for_writing, on_rank_0, parse_json,
+from plumbing.data import TODAY, source_sha256
+from plumbing.process import (UserError, fsync_and_chmod, lock_for_writing, on_rank_0, parse_json,
                               peak_memory_gb, print_rank0, read_text, to_json, write_text)
 
 
@@ -151,18 +151,22 @@ def run_header(script, args, world, device, models):
     """What a run must say of itself, the first line of metrics.jsonl, with fingerprints of its models {role: directory}
     and of its data, as cut (a Hub dataset is known by its name). `run` is the mark that its checkpoints bear."""
     models_sha256 = {directory: model_fingerprint(directory) for directory in {*models.values()}}  # mostly ref is model
-    parts = [args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")]
-    parts = dict.fromkeys(parts)  # each once, in this order
-    data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
-    data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY), args.chat_template_kwargs])
+    sources = {source: source_sha256(source) for source in (args.data, args.eval_data) if source}
+    data = [sources[args.data], sources.get(args.eval_data), args.max_length, args.max_prompt_length, str(TODAY),
+            args.chat_template_kwargs]
     header = dict(script=script, args=vars(args))
     header |= dict(commit=git_commit(), versions=dict(torch=torch.__version__, python=sys.version.split()[0]))
     header |= dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", world=world)
     header |= dict(chat_date=str(TODAY))
     header |= {role: models_sha256[directory] for role, directory in models.items()}
-    header |= dict(data=hashlib.sha256(data.encode()).hexdigest()[:16])
-    header |= dict(run=hashlib.sha256(json.dumps(identity(header), sort_keys=True).encode()).hexdigest()[:16])
+    header |= dict(data=json_sha256(data), sources=sources)
+    header |= dict(run=json_sha256(identity(header)))
     return header
+
+
+def json_sha256(content):
+    """Of what has a JSON form, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def model_card(header, model_class):

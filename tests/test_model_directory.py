@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import train_pref
 from conftest import byte_tokenizer
 from plumbing.checkpoint import find_model, load_weights, verify_checkpoint
-from plumbing.data import generation_stops
+from plumbing.data import check_same_vocabulary, generation_stops
 from plumbing.process import UserError
 from test_faults import data, flags, model_dir  # noqa: F401 (fixtures)
 
@@ -142,3 +142,34 @@ def test_stops_that_are_no_ids(run_script, copy, data, tmp_path, eos):
         generation_stops(copy)
     if eos in ("</s>", [[1]]):
         run_script("train_pref")(*flags(copy, data, tmp_path / "run")).refused("generation_config.json", "eos_token_id")
+
+
+@pytest.mark.parametrize("value", ["x", "512", None, [512]])
+def test_a_length_that_is_no_number(run_script, copy, data, tmp_path, value):
+    edit_json(copy / "tokenizer_config.json", model_max_length=value)
+    result = run_script("train_pref")(*flags(copy, data, tmp_path / "run", max_steps=1))
+    if value is None:  # none is given: transformers has a default for that
+        result.ok()
+    else:
+        result.refused("tokenizer_config.json", "model_max_length", "must be a number")
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizers
+def test_another_vocabulary_of_the_same_size(copy, model_dir, tmp_path):
+    """Two tokenizers of 259 ids: the same bytes by other ids. Another template, or no pad token, is no conflict."""
+    mine = train_pref.load_tokenizer(model_dir)
+    check_same_vocabulary(mine, copy)
+    path = copy / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: (7 * token_id + 3) % 256 for token, token_id in vocab.items()}
+    path.write_text(json.dumps(content))
+    theirs = train_pref.load_tokenizer(copy)
+    assert mine("Aby").input_ids != theirs("Aby").input_ids and len(mine) == len(theirs)
+    with pytest.raises(UserError, match="its tokenizer is another one .*: token 0 is"):
+        check_same_vocabulary(mine, copy)
+    byte_tokenizer(tmp_path / "other", pad_token=None, chat_template="{{ messages }}")
+    check_same_vocabulary(mine, tmp_path / "other")
+    byte_tokenizer(tmp_path / "swapped", bos_token="</s>", eos_token="<s>")  # 256 and 257 change places
+    with pytest.raises(UserError, match="token 256 is"):
+        check_same_vocabulary(mine, tmp_path / "swapped")

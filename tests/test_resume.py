@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_pref
-from runs import finish, launch, spoil
+from runs import finish, full_disk, launch, spoil
 from test_faults import SCRIPTS, assert_same_run, data, flags, metrics_of, model_dir, straight  # noqa: F401 (fixtures)
 
 SHORT = dict(max_steps=4, save_every=2)
@@ -381,6 +381,36 @@ def test_a_power_cut_after_a_checkpoint(run_script, straight, model_dir, data, t
     assert_same_run(straight("train_pref", "1"), out)
 
 
+def rewrite_before_reading(model, data, rows):
+    import plumbing.data
+
+    read_rows = plumbing.data.read_rows
+
+    def rewritten_and_read(*args):
+        data.write_text(rows)
+        yield from read_rows(*args)
+
+    plumbing.data.read_rows = rewritten_and_read
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_data_rewritten_before_they_are_read(run_script, model_dir, data, tmp_path, script):
+    """Hashed, then rewritten, then read: rows of the new file would stand under the old one's fingerprint."""
+    mine, out, cli = tmp_path / "mine.jsonl", tmp_path / "run", run_script(script)
+    old, new = data.read_text(), data.read_text().replace('"A', '"C')
+    mine.write_text(old)
+    argv = flags(model_dir, mine, out, max_steps=1)
+    cli(*argv, action=partial(rewrite_before_reading, data=mine, rows=new)).refused(mine, "rewritten while it was read")
+    assert not (out / "data.safetensors").exists()
+    cli(*argv).ok()  # no step was taken: the run is now one of the new file
+    fresh = tmp_path / "fresh" / "run"
+    cli(*flags(model_dir, mine, fresh, max_steps=1)).ok()
+    assert_same_run(fresh, out)
+    mine.write_text(old)
+    shutil.rmtree(out / "final")
+    cli(*argv).refused(out, "data fingerprint was")
+
+
 # --------------------------------------------------------------------------------------------------- moved, and no git
 @pytest.mark.parametrize("keep", [dict(keep=1), dict(keep_state=1)])
 def test_a_checkpoint_moved_behind_a_symlink(run_script, model_dir, data, tmp_path, keep):
@@ -424,3 +454,31 @@ def test_a_run_that_applied_no_update_is_no_result(run_script, model_dir, data, 
         result = run_script(script)(*argv, world=world, call=1, action=spoil_for_good, on_rank=None)
         result.refused("none of 5 updates was applied")
         assert "done" not in result.out and not (out / "final").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ lines
+@pytest.mark.parametrize("depth", [100_000])
+def test_a_header_that_is_too_deep(run_script, model_dir, data, tmp_path, depth):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"args": ' + "[" * depth + "\n")
+    run_script("train_pref")(*flags(model_dir, data, out)).refused(out, "holds no run")
+
+
+def full_disk_for_ids(model):
+    """The first file that does not fit is that of token ids, which has no name."""
+    import plumbing.data
+
+    tokenize_rows = plumbing.data.tokenize_rows
+
+    def filled(*args, **kwargs):
+        full_disk(None, 1000)  # what the run says has room
+        return tokenize_rows(*args, **kwargs)
+
+    plumbing.data.tokenize_rows = filled
+
+
+def test_a_full_disk_while_tokenizing(run_script, model_dir, data, tmp_path):
+    out = tmp_path / "run"
+    run_script("train_pref")(*flags(model_dir, data, out), action=full_disk_for_ids).refused(
+        f"cannot make {out}/data.safetensors of {data}", "File too large")
