@@ -5,9 +5,11 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import torch
@@ -272,12 +274,20 @@ def check_same_run(out, header, lines):
 
 # -------------------------------------------------------------------------------------------------------------- its log
 def open_tracker(kind, out, args):
-    """Begin a run on the dashboard asked for, before any work is done. wandb and trackio have one interface."""
-    if kind != "none":  # neither is imported unless it is asked for
-        try:
-            importlib.import_module(kind).init(project="is-daa", name=out.name, config=args)
-        except Exception as error:  # not installed, no key, no network: classes of their own
-            raise UserError(f"--track {kind}: {error}; it needs `pip install {kind}` and its key") from None
+    """Begin a run on the dashboard asked for, or go on with that of `out`, before any work is done; wandb and trackio
+    have one interface. WANDB_PROJECT names the project."""
+    if kind == "none":  # neither is imported unless it is asked for
+        return
+    name_file = out / ".dashboard_run"  # a run of the same flags elsewhere is another one
+    if not name_file.exists():
+        write_text(name_file, f"{out.name}-{uuid.uuid4().hex[:8]}")
+    name = read_text(name_file)
+    known_by = dict(id=name) if kind == "wandb" else {}  # trackio knows a run by its name
+    try:
+        project = os.environ.get("WANDB_PROJECT", "is-daa")
+        importlib.import_module(kind).init(project=project, name=name, config=args, resume="allow", **known_by)
+    except Exception as error:  # not installed, no key, no network: classes of their own
+        raise UserError(f"--track {kind}: {error}; it needs `pip install {kind}` and its key") from None
 
 
 def read_metrics(path):
