@@ -10,8 +10,7 @@ import random
 
 import pytest
 import torch
-from conftest import byte_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from conftest import byte_tokenizer, llama2_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -307,38 +306,12 @@ def test_no_prompt_and_no_bos(no_bos):
 
 # ------------------------------------------------------------------------------------------------------------ SentencePiece
 # Llama 2's tokenizers begin a text with a space of their own: the ids of a response are those it has after its prompt.
-def llama2_tokenizer(directory, legacy):
-    """In the two forms that transformers writes Llama 2's tokenizer.json in, trained on the toy task's posts."""
-    spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    training = Tokenizer(models.BPE())
-    training.normalizer = spaces
-    training.pre_tokenizer = pre_tokenizers.Sequence(  # no token holds a line break, nor a space but at its beginning
-        [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split("\u2581", "merged_with_next")])
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    with gzip.open(train_pref.HERE / "toy" / "pairs.jsonl.gz", "rt") as file:
-        training.train_from_iterator([json.loads(line)["prompt"] for _, line in zip(range(200), file)], trainer)
-    trained = json.loads(training.to_str())["model"]
-    vocab = trained["vocab"] | {f"<0x{k:02X}>": len(trained["vocab"]) + k for k in range(256)}
-    merges = [tuple(merge) for merge in trained["merges"]]
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    if legacy:
-        backend.normalizer = spaces
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
-    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.save_pretrained(directory)
-    return load_tokenizer(directory)
-
-
 @pytest.fixture(params=["stories260K", "Llama 2, legacy", "Llama 2"])
 def sentencepiece(request, tmp_path):
     if request.param == "stories260K":
         return load_tokenizer(request.getfixturevalue("stories"))
-    return llama2_tokenizer(tmp_path, legacy="legacy" in request.param)
+    llama2_tokenizer(tmp_path, legacy="legacy" in request.param)
+    return load_tokenizer(tmp_path)
 
 
 def bare(tokenizer, text):
