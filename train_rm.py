@@ -43,8 +43,8 @@ from plumbing.data import (RowTexts, SkipRow, assistant_stop_id, is_verbatim, la
                            read_behaviour, render_chat, stop_ids, wrong_types)
 from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main,
                               to_json, write_text)
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
-                          parse_with_preset, run_header, save_or_stop, step_metrics)
+from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
+                          is_due, model_card, open_tracker, parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
 # -------------------------------------------------------------------------------------- the loss and what is measured
@@ -129,7 +129,7 @@ def choose_pad(tokenizer):
 HERE = Path(__file__).resolve().parent
 # Appendix C of the paper, with the policies' warm-up; the 512 prompt tokens are its released code's.
 PAPER = dict(model="out/sft-8b/final", epochs=1, max_length=640, max_prompt_length=512, batch_size=128,
-             micro_batch_size=4, lr=5e-6, warmup_steps=100, shard=True, save_every=500, eval_every=500, keep_state=1)
+             micro_batch_size=4, lr=5e-6, warmup_steps=100, shard=True, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/rm_pairs.jsonl.gz",
                 eval_data=f"{HERE}/toy/rm_pairs_eval.jsonl.gz", epochs=2, max_length=128, max_prompt_length=96,
@@ -265,8 +265,7 @@ def main():
     size = sum(p.numel() for p in reward_model.parameters()) / 1e6
     print_rank0(f"reward model: {size:.2f}M parameters, {len(pairs)} pairs, {total} steps of {args.batch_size},"
                 f" {world} x {header['device']}, {args.precision} -> {out}")
-    if args.warmup_steps >= total:
-        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+    announce_schedule(args, "pairs", len(pairs), total)
 
     def save(directory):
         save_checkpoint(directory, model=reward_model, tokenizer=tokenizer, files=files, run=header["run"],
@@ -293,7 +292,7 @@ def main():
         metrics = reward_metrics(rewards, args.center)
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_pairs and is_due(step, args.eval_every, total):
+        if eval_pairs and is_due(step, interval(args.eval_every, total), total):
             eval_rewards = all_rewards(reward_model, eval_pairs, args, "evaluation")
             table = dict(step=step) | calibration(eval_rewards)
             metrics |= {f"eval_{name}": value for name, value in reward_metrics(eval_rewards, args.center).items()}
@@ -302,17 +301,19 @@ def main():
         log.write(step, metrics, reward_line(step, total, metrics), applied)
 
         # Save, stop
-        code = save_or_stop(out, state, signals, save, save_every=args.save_every, keep=args.keep,
+        code = save_or_stop(out, state, signals, save, save_every=interval(args.save_every, total), keep=args.keep,
                             keep_state=args.keep_state)
         if code:
             return code
 
     log.close()
+    files |= {"README.md": model_card(header, "AutoModelForSequenceClassification")}
     save_checkpoint(out / "final", model=reward_model, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; reward model in {out}/final")
     if (out / "calibration.json").exists():
         print_rank0(reliability(read_json(out / "calibration.json")))
+    print_rank0(f"next: python {HERE}/evaluate.py label --rm {out}/final --samples SAMPLES --out pairs.jsonl")
     return 0
 
 
@@ -650,11 +651,12 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask):
         """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k = k.repeat_interleave(self.H // self.K, dim=1)
+        k = k.repeat_interleave(self.H // self.K, dim=1)  # (B, H, T, head_dim), as q
         v = v.repeat_interleave(self.H // self.K, dim=1)
         P = x.shape[1] - mask.shape[2]
         out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
-        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+        if P:
+            # Plain causal attention takes no mask: at 4,000 tokens twice as fast, and no T x T numbers.
             of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
             out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -694,7 +696,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.frequencies = rope_frequencies(c)
+        self.frequencies = rope_frequencies(c)  # no buffer: it is computed, not loaded, and stays float32
         self.dtype = torch.float32  # of the products; build_model sets it
         self.checkpoint_activations = False
 
@@ -705,9 +707,10 @@ class LlamaModel(nn.Module):
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def forward(self, ids, positions, segments):
-        x = self.embed_tokens(ids).to(self.dtype)
+        x = self.embed_tokens(ids).to(self.dtype)  # (B, T, D)
         cos, sin = self.angles(positions)
         P = ids.shape[1] - segments.shape[1]
+        # One mask for all layers, (B, 1, T - P, T); the first P columns, left out of segments, are prompt: 0.
         mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:

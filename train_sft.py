@@ -38,8 +38,8 @@ from plumbing.checkpoint import find_model, load_trainer, load_weights, model_fi
 from plumbing.data import (RowTexts, SkipRow, assistant_stop_id, lacking, load_rows, load_tokenizer, render_chat,
                            wrong_types)
 from plumbing.process import UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
-                          parse_with_preset, run_header, save_or_stop, step_metrics)
+from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
+                          is_due, model_card, open_tracker, parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
 # ------------------------------------------------------------------------------------------ examples, packing, the loss
@@ -147,7 +147,7 @@ def init_weights(model, std, seed):
 HERE = Path(__file__).resolve().parent
 # Appendix C of the paper; the 512 prompt tokens are its released code's.
 PAPER = dict(model="meta-llama/Llama-3.2-3B", epochs=1, max_length=640, max_prompt_length=512, batch_size=64,
-             micro_batch_size=4, lr=1e-6, warmup_steps=100, save_every=500, eval_every=500, keep_state=1)
+             micro_batch_size=4, lr=1e-6, warmup_steps=100, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/base/config.json", data=f"{HERE}/toy/sft.jsonl.gz",
                 eval_data=f"{HERE}/toy/sft_eval.jsonl.gz", epochs=4, max_length=128, max_prompt_length=96,
@@ -224,8 +224,7 @@ def main():
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     print_rank0(f"sft: {size:.2f}M parameters, {len(examples)} examples, {total} steps of {args.batch_size}, {world} x"
                 f" {header['device']}, {args.precision} -> {out}")
-    if args.warmup_steps >= total:
-        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+    announce_schedule(args, "examples", len(examples), total)
 
     def save(directory):
         save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
@@ -253,7 +252,7 @@ def main():
         metrics = {"loss": loss.item()}
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_examples and is_due(step, args.eval_every, total):
+        if eval_examples and is_due(step, interval(args.eval_every, total), total):
             metrics["eval_loss"] = step_loss(policy, eval_examples, args, train=False).item()
         line = (f"step {step}/{total} | loss {metrics['loss']:.4f} | norm {grad_norm:.3f} | lr {lr:.2e}"
                 f" | {1e3 * step_s:.0f} ms | {metrics['tokens_per_s']:.0f} tok/s")
@@ -262,15 +261,19 @@ def main():
         log.write(step, metrics, line, applied)
 
         # Save, stop
-        code = save_or_stop(out, state, signals, save, save_every=args.save_every, keep=args.keep,
+        code = save_or_stop(out, state, signals, save, save_every=interval(args.save_every, total), keep=args.keep,
                             keep_state=args.keep_state)
         if code:
             return code
 
     log.close()
+    files |= {"README.md": model_card(header, "AutoModelForCausalLM")}
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
+    print_rank0(f"next: python {HERE}/train_rm.py --model {out}/final --data LABELLED_PAIRS, or python"
+                f" {HERE}/evaluate.py sample --model {out}/final --data PROMPTS --temperature 1 --top_p 1 --out"
+                " samples.jsonl")
     return 0
 
 
@@ -546,11 +549,12 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask):
         """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k = k.repeat_interleave(self.H // self.K, dim=1)
+        k = k.repeat_interleave(self.H // self.K, dim=1)  # (B, H, T, head_dim), as q
         v = v.repeat_interleave(self.H // self.K, dim=1)
         P = x.shape[1] - mask.shape[2]
         out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
-        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+        if P:
+            # Plain causal attention takes no mask: at 4,000 tokens twice as fast, and no T x T numbers.
             of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
             out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -590,7 +594,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.frequencies = rope_frequencies(c)
+        self.frequencies = rope_frequencies(c)  # no buffer: it is computed, not loaded, and stays float32
         self.dtype = torch.float32  # of the products; build_model sets it
         self.checkpoint_activations = False
 
@@ -601,9 +605,10 @@ class LlamaModel(nn.Module):
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def forward(self, ids, positions, segments):
-        x = self.embed_tokens(ids).to(self.dtype)
+        x = self.embed_tokens(ids).to(self.dtype)  # (B, T, D)
         cos, sin = self.angles(positions)
         P = ids.shape[1] - segments.shape[1]
+        # One mask for all layers, (B, 1, T - P, T); the first P columns, left out of segments, are prompt: 0.
         mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
