@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, llama2_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import train_pref
 from plumbing.data import (RowCounts, RowTexts, SkipRow, UserError, assistant_stop_id, encode, encode_after, ensure_stop,
@@ -596,3 +596,42 @@ def test_a_template_that_writes_the_date(template, chat, monkeypatch):
         assert str(day[0]) in tokenizer.apply_chat_template(said("u:Hi"), tokenize=False)  # the clock was moved
         found.append(render_chat(tokenizer, said("u:Hi"), said("a:Hello")))
     assert found == [("26 Jul 2024[user]Hi\n[assistant]", "Hello</s>")] * 2
+
+
+def test_a_template_that_takes_the_date(chat):
+    """Llama 3.2's way; --chat_template_kwargs may give another."""
+    tokenizer = chat("{% if date_string is not defined %}{{ strftime_now('%Y') }}{% endif %}{{ date_string }}" + PLAIN)
+    assert render_chat(tokenizer, said("u:Hi"), said("a:Hello"))[0].startswith("26 Jul 2024[user]")
+    tokenizer.chat_template_kwargs = dict(date_string="1 Jan 2026")
+    assert render_chat(tokenizer, said("u:Hi"), said("a:Hello"))[0].startswith("1 Jan 2026[user]")
+
+
+# --------------------------------------------------------------------------------------------------------------- one set of stops
+def test_stops(tmp_path):
+    """EOS, the template's end of an assistant's turn, be it the pad token or none of the special ones, and
+    generation_config.json's: what ends a response in training is what transformers' generate would stop at."""
+    tokenizer = byte_tokenizer(tmp_path, pad_token="<pad>", additional_special_tokens=["<|eom|>", "<|other|>"])
+    tokenizer.add_tokens(["<|end|>"])  # as fine-tuning adds them
+    stop = lambda token: tokenizer.convert_tokens_to_ids(token)
+    turn = "{% for m in messages %}<|other|>{{ m.role }}\n{{ m.content }}STOP{% endfor %}"
+    for template, expected in ((None, {EOS}), (turn.replace("STOP", ""), {EOS}), (turn.replace("STOP", "<pad>\n"), {EOS, stop("<pad>")}),
+                               (turn.replace("STOP", "\n<|end|>\n<pad>"), {EOS, stop("<|end|>")}), ("{{ 1 / 0 }}", {EOS}),
+                               ("<|eom|>", {EOS}), (turn.replace("STOP", "</s><|eom|>"), {EOS})):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True) if template is None else None
+        for eos, more in ((None, set()), (EOS, set()), ([EOS, stop("<|eom|>")], {stop("<|eom|>")})):
+            GenerationConfig(eos_token_id=eos).save_pretrained(tmp_path)
+            assert stop_ids(load_tokenizer(tmp_path)) == expected | more, template
+    (tmp_path / "generation_config.json").unlink()
+    assert stop_ids(load_tokenizer(tmp_path)) == {EOS}
+
+
+def test_a_response_ends_where_generation_stops(tmp_path):
+    """A text that ends in another special token than those has no end yet."""
+    byte_tokenizer(tmp_path, additional_special_tokens=["<|other|>"])
+    tokenizer = load_tokenizer(tmp_path)
+    other = tokenizer.convert_tokens_to_ids("<|other|>")
+    assert tokens(tokenizer, "p", "a<|other|>", vocab_size=300)[1] == [*bare(tokenizer, "a"), other, EOS]
+    tokenizer.generation_stops = [other]
+    assert tokens(tokenizer, "p", "a<|other|>", vocab_size=300)[1] == [*bare(tokenizer, "a"), other]
