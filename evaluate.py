@@ -554,15 +554,15 @@ def scored_ids(tokenizer, prompt, texts, stops, vocab_size, args):
     return x, responses
 
 
-def load_model(name, make, args, device):
+def load_model(name, make, precision, device, chat_template_kwargs=None):
     """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products, but
     for a reward model's head, which is float32 as in training."""
     directory = find_model(name)
-    model = load_weights(build_model(lambda: make(read_config(directory)), device, args.precision), directory)
+    model = load_weights(build_model(lambda: make(read_config(directory)), device, precision), directory)
     model.model.to(model.model.dtype)
     if getattr(model, "lm_head", None) is not None:
         model.lm_head.to(model.model.dtype)
-    return model.eval(), load_tokenizer(directory, args.chat_template_kwargs), directory
+    return model.eval(), load_tokenizer(directory, chat_template_kwargs), directory
 
 
 def sampling_stops(directory, tokenizer):
@@ -683,7 +683,8 @@ def sample(args):
         fingerprint = None
         prompts, digest = load_prompts(args, tokenizer=None, vocab_size=None)
     else:
-        policy, tokenizer, directory = load_model(args.model, CausalLM, args, device)
+        policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device,
+                                                  args.chat_template_kwargs)
         fingerprint = model_fingerprint(directory)
         stops = sampling_stops(directory, tokenizer)
         prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy.config.vocab_size))
@@ -725,7 +726,8 @@ def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args, device)
+    reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device,
+                                                    args.chat_template_kwargs)
     vocab_size = reward_model.model.embed_tokens.num_embeddings
     samples = read_samples(args.samples)
     provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
@@ -796,8 +798,9 @@ def choose_pair(row, rewards, eos, args):
 def golden(args):
     """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
     rank, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args, device)
-    ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args, device)
+    how = (args.precision, device, args.chat_template_kwargs)
+    reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, *how)
+    ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, *how)
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
@@ -821,7 +824,7 @@ def golden(args):
     measured = {}  # by weights: the reference policy is step 0 of every run
     for run, path, weights, step, epoch in work:
         if weights not in measured:
-            policy = ref if step == 0 else load_model(str(path), CausalLM, args, device)[0]
+            policy = ref if step == 0 else load_model(str(path), CausalLM, args.precision, device)[0]
             if policy.config.vocab_size != ref.config.vocab_size:
                 raise UserError(f"{path}: vocabulary of {policy.config.vocab_size}, --ref has {ref.config.vocab_size}")
             measured[weights] = measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, args)
@@ -910,7 +913,7 @@ def bench(args):
     """Answers to the questions of AlpacaEval 2 or MT-Bench, in their formats; what turn N says, in OUT.turnN.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    policy, tokenizer, directory = load_model(args.model, CausalLM, args, device)
+    policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device, args.chat_template_kwargs)
     stops = sampling_stops(directory, tokenizer)
     questions = read_questions(args)
     provenance = vars(args) | dict(policy=model_fingerprint(directory), questions=file_sha256(args.questions))

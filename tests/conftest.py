@@ -3,7 +3,9 @@
 Nothing is downloaded. A test that needs something absent (a GPU, an optional package, the sample data) is skipped and says why.
 """
 
+import gzip
 import importlib.util
+import json
 import multiprocessing
 import os
 import tempfile
@@ -100,6 +102,39 @@ def byte_tokenizer(directory, **kwargs):
     if tokenizer.bos_token:
         bos = (tokenizer.bos_token, tokenizer.bos_token_id)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def llama2_tokenizer(directory, legacy, **kwargs):
+    """Save a tokenizer like Llama 2's, in the two forms that transformers writes its tokenizer.json in, trained on the toy
+    task's posts. It begins a text with BOS, and with a space of its own."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    training = Tokenizer(models.BPE())
+    training.normalizer = spaces
+    training.pre_tokenizer = pre_tokenizers.Sequence(  # no token holds a line break, nor a space but at its beginning
+        [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split("\u2581", "merged_with_next")])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    with gzip.open(ROOT / "toy" / "pairs.jsonl.gz", "rt") as file:
+        training.train_from_iterator([json.loads(line)["prompt"] for _, line in zip(range(200), file)], trainer)
+    trained = json.loads(training.to_str())["model"]
+    vocab = trained["vocab"] | {f"<0x{k:02X}>": len(trained["vocab"]) + k for k in range(256)}
+    merges = [tuple(merge) for merge in trained["merges"]]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if legacy:
+        backend.normalizer = spaces
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                        **kwargs)
     tokenizer.save_pretrained(directory)
     return tokenizer
 
