@@ -22,9 +22,13 @@ Errata: where the paper, its proofs and its released code disagree, these script
     Eq. 14      -pi(S)^2 times what is printed; S: the responses that the data can hold (`missing_support`).
     App. C      KL: the mean of log r + 1/r - 1 over y ~ pi, r = pi/ref. Printed: log r + r - 1; gives KL + chi-squared.
     IPO         (delta - 1/(2 beta))^2. Printed: (x - 1)^2 at x = beta' delta, which is beta'^2 times it at beta'/2.
-    train_is.py (released) has IS-DPO's line commented out and trains IS-IPO.
-    run_*.sh    (released) take 32 pairs a step for DPO, 128 for IS, 64 for RPO and Length-DPO, and 150 steps of
-                warm-up: 4,800 to 19,200 pairs. App. C, and the presets here: 64 and 100 for all.
+    IS-DPO      w times the dpo loss. In the release's cli/train_is_dpo.py that line is commented out: it trains IS-IPO.
+
+Taken from the release (github.com/mail-research/AIS-Sampling4DAAs), for Appendix C does not say it: 512 prompt tokens,
+AdamW's epsilon 1e-5, no weight decay, the cosine's floor of 10%, eta 0.005, alpha 0.01. Not taken: its scripts
+(scripts/train_IS/train_*.sh) give --batch_size x --gradient_accumulation_steps of 32 x 4 (dpo), 16 x 8 (is_dpo), 32 x 2
+(rpo) and 16 x 4 (length_dpo), and 150, 50, 100 and 150 steps of warm-up, where Appendix C has 64 and 100 for all; they
+clip gradients at 10, these scripts at 1.
 
 Units: log-probs, log-ratios and KL in nats; beta in units of the reward; float64. w, l: index of chosen, rejected.
 """
@@ -53,29 +57,35 @@ def dpo_loss(pc, pr, rc, rr, *, beta, label_smoothing=0.0):
 def ipo_loss(pc, pr, rc, rr, *, beta, chosen_lengths=None, rejected_lengths=None):
     """(delta - 1/(2 beta))^2: Azar et al. 2024, Eq. 17. With lengths each rho is averaged over its response's tokens,
     as TRL does. The paper's f(x) = (x - 1)^2 at x = beta' delta is this curve at beta = beta'/2, times beta'^2."""
-    rho_w, rho_l = pc - rc, pr - rr
+    rho_w = pc - rc
+    rho_l = pr - rr
     if chosen_lengths is not None:
-        rho_w, rho_l = rho_w / chosen_lengths, rho_l / rejected_lengths
+        rho_w = rho_w / chosen_lengths
+        rho_l = rho_l / rejected_lengths
     return (rho_w - rho_l - 1 / (2 * beta)) ** 2
 
 
 def importance_weights(pc, pr, rc, rr, *, log_eps):
-    """w = exp(min(rho_w + rho_l, 2 log_eps)) (B,), detached: the paper's Eq. 13 with its misprints mended (README).
-    Each response's log-ratio may spend log_eps nats, the pair twice that; inf switches the cap off."""
+    """w = exp(min(rho_w + rho_l, 2 log_eps)) (B,), detached: the paper's Eq. 13, its misprints mended (listed in
+    bandit.py). Each response's log-ratio may spend log_eps nats, the pair twice that; inf switches the cap off. rc and
+    rr are the log-probs of whoever wrote the pair: the reference's, where nothing else is known."""
     return ((pc - rc) + (pr - rr)).detach().clamp(max=2 * log_eps).exp()
 
 
 def rpo_loss(pc, pr, rc, rr, *, beta, eta, chosen_lengths=None):
     """dpo - beta eta log pi(y_w): Liu et al. 2024 (RPO), summed log-prob as its authors run it; with lengths its token
     mean."""
-    nll = -pc if chosen_lengths is None else -pc / chosen_lengths
+    nll = -pc
+    if chosen_lengths is not None:
+        nll = nll / chosen_lengths
     return dpo_loss(pc, pr, rc, rr, beta=beta) + beta * eta * nll
 
 
 def chi_po_logits(pc, pr, rc, rr, *, beta):
     """beta (phi(rho_w) - phi(rho_l)), chi-PO's chi-squared plus KL link phi(rho) = exp(clip(rho, -88, 20)) + rho, as
     published. Like terms are subtracted first: beside exp(20) a float32 does not hold rho."""
-    rho_w, rho_l = pc - rc, pr - rr
+    rho_w = pc - rc
+    rho_l = pr - rr
     return beta * ((rho_w.clamp(-88, 20).exp() - rho_l.clamp(-88, 20).exp()) + (rho_w - rho_l))
 
 

@@ -46,8 +46,8 @@ from tqdm import tqdm
 from plumbing.checkpoint import find_model, model_fingerprint, load_weights
 from plumbing.data import (SkipRow, apply_template, assistant_stop_id, count_skip, describe_skips, encode, encode_after,
                            load_tokenizer, read_jsonl, read_rows, render_chat, stop_ids, truncate_prompt)
-from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, print_rank0,
-                              read_json, run_main, write_atomically)
+from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, parse_json,
+                              print_rank0, read_json, read_text, run_main, to_json, write_atomically, write_text)
 from plumbing.run import Parser, check_ranges
 
 
@@ -120,17 +120,14 @@ def cached_forward(model, ids, positions, segments, cache):
     """LlamaModel.forward of tokens (B, T) that follow those in the cache, which takes them in -> hidden (B, T, D)."""
     start = cache.length
     end = start + ids.shape[1]
+    segments = F.pad(segments, (ids.shape[1] - segments.shape[1], 0))  # the first columns may be prompt in every row
     cache.segments[:, start:end] = segments
     cache.length = end
     x = model.embed_tokens(ids).to(model.dtype)
     cos, sin = model.angles(positions)
-    # Who sees whom, (B, 1, T, end): as in LlamaModel.
-    query = segments[:, None, :, None]
-    key = cache.segments[:, None, None, :end]
-    seen = ((query == key) | ((key == 0) & (query > 0))).tril(start)
     # The H/K heads of a key-value head are taken for more queries of it: keys and values are not copied for each head.
     group = model.layers[0].self_attn.H // model.layers[0].self_attn.K
-    mask = torch.where(seen, x.new_zeros(()), -math.inf).repeat(1, 1, group, 1)
+    mask = attention_mask(segments, cache.segments[:, :end], x.dtype).repeat(1, 1, group, 1)
     for layer, (keys, values) in zip(model.layers, cache.layers):
         q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
         keys[:, :, start:end] = k
@@ -351,7 +348,7 @@ def divergences(policy, ref, prompts, responses):
     batch = batch_tensors(rows, predict, device_of(policy), targets=targets)
     hidden = []
     for model in (policy, ref):
-        x = model.model(batch["ids"], batch["positions"], batch["segments"], batch["prompt"])
+        x = model.model(batch["ids"], batch["positions"], batch["segments"])
         hidden.append(x.flatten(0, 1)[batch["predict"]])
     # In pieces: logits of all steps at once would be gigabytes.
     size = max(1, 2**25 // policy.config.vocab_size)
@@ -644,6 +641,12 @@ def load_model(name, make, precision, device):
     return model.eval(), load_tokenizer(directory), directory
 
 
+def check_room(c, directory, length, args):
+    """See check_length. The toy's prompts are far shorter than its preset allows: it needs no warning."""
+    if args.preset != "toy":
+        check_length(c, directory, length)
+
+
 def sampling_stops(directory, tokenizer):
     """The ids that end a completion: EOS, what the chat template ends a turn with, generation_config.json's. Says once
     what else that file asks for: the flags decide how is sampled."""
@@ -737,7 +740,7 @@ def read_whole_lines(path):
 def append_rows(out, rows):
     """Add JSON lines, on rank 0; on disk when it returns."""
     if dist.get_rank() == 0:
-        with open(out, "a") as file:
+        with open(out, "a", encoding="utf-8") as file:
             file.write(as_lines(rows))
             file.flush()
             os.fsync(file.fileno())
@@ -746,22 +749,22 @@ def append_rows(out, rows):
 def write_once(path, text):
     """A file that is made of finished rows -> " is complete" if it stood there. Raises UserError if it was changed."""
     stood_there = path.exists()
-    if stood_there and path.read_text() != text:
+    if stood_there and read_text(path) != text:
         raise UserError(f"{path} holds something else than this command writes there: choose another --out")
-    write_atomically(path, lambda aside: aside.write_text(text))
+    write_text(path, text)
     return " is complete" if stood_there else ""
 
 
 def as_lines(rows):
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    return "".join(to_json(row) + "\n" for row in rows)
 
 
 def write_lines(path, rows):
-    write_atomically(path, lambda aside: aside.write_text(as_lines(rows)))
+    write_text(path, as_lines(rows))
 
 
 def write_json(path, content):
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n"))
+    write_text(path, to_json(content, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- sample, label
@@ -775,6 +778,7 @@ def sample(args):
         prompts, digest = load_prompts(args, tokenizer=None, vocab_size=None)
     else:
         policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
+        check_room(policy.config, directory, args.max_prompt_length + args.max_new_tokens, args)
         fingerprint = model_fingerprint(directory)
         stops = sampling_stops(directory, tokenizer)
         prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy.config.vocab_size))
@@ -819,6 +823,7 @@ def label(args):
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
     reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device)
+    check_room(read_config(directory), directory, args.max_length, args)
     vocab_size = reward_model.model.embed_tokens.num_embeddings
     samples = read_samples(args.samples)
     provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
@@ -887,7 +892,7 @@ def choose_pair(row, rewards, eos, args):
 # ----------------------------------------------------------------------------------------------------------- golden
 # A checkpoint to evaluate, of the preference run `run`. weights: a sha256 of what it holds; row_exists: its row stands
 # in RUN/golden.jsonl, and only its samples lack.
-Checkpoint = namedtuple("Checkpoint", "run path name weights step epoch row_exists")
+Evaluation = namedtuple("Evaluation", "run path name weights step epoch row_exists")
 
 
 def golden(args):
@@ -895,6 +900,8 @@ def golden(args):
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args.precision, device)
     ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args.precision, device)
+    check_room(read_config(rm_directory), rm_directory, args.max_length, args)
+    check_room(ref.config, ref_directory, args.max_prompt_length + args.max_new_tokens, args)
     stops = sampling_stops(ref_directory, tokenizer)
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
     if not all(prompt.references for prompt in prompts):
@@ -902,8 +909,8 @@ def golden(args):
     protocol = {name: getattr(args, name) for name in PROTOCOL}
     made_of = dict(rm=model_fingerprint(rm_directory), ref=model_fingerprint(ref_directory), prompts=digest)
     settings = hashlib.sha256(json.dumps([protocol, made_of]).encode()).hexdigest()[:12]
-    checkpoints, failures = on_rank_0(lambda: find_work(args, ref_directory, made_of["ref"], settings))
-    print_rank0(f"{len(checkpoints)} checkpoints to evaluate, settings {settings}")
+    evaluations, failures = on_rank_0(lambda: find_work(args, ref_directory, made_of["ref"], settings))
+    print_rank0(f"{len(evaluations)} checkpoints to evaluate, settings {settings}")
     vocab_size = reward_model.model.embed_tokens.num_embeddings
 
     def rate(prompts, responses, known, desc):
@@ -914,36 +921,36 @@ def golden(args):
         places = [f"row {prompt.index} of {args.data}" for prompt in prompts]
         return score(reward_model, [x for x, _ in ids], [ys for _, ys in ids], places, args, known, desc)
 
-    if checkpoints:
+    if evaluations:
         prompts = leave_out_refused(prompts, rm_tokenizer, vocab_size, args)
         references = {}
         reference_rewards = rate(prompts, [prompt.references for prompt in prompts], references, "references")
     measured = {}  # by weights: the reference policy is step 0 of every run
-    for checkpoint in checkpoints:
+    for evaluation in evaluations:
         try:
-            if checkpoint.weights not in measured:
+            if evaluation.weights not in measured:
                 # Of rewards only the references' are known before: which others are computed together, and so their
                 # last bits, must not depend on what else was evaluated before, or before a kill.
                 known = dict(references)
                 policy = ref
-                if checkpoint.step > 0:
-                    policy, _, _ = load_model(str(checkpoint.path), CausalLM, args.precision, device)
+                if evaluation.step > 0:
+                    policy, _, _ = load_model(str(evaluation.path), CausalLM, args.precision, device)
                 if policy.config.vocab_size != ref.config.vocab_size:
                     raise UserError(f"its vocabulary has {policy.config.vocab_size} tokens, that of --ref"
                                     f" {ref.config.vocab_size}")
-                measured[checkpoint.weights] = measure(
+                measured[evaluation.weights] = measure(
                     policy, ref, tokenizer, stops, prompts, reference_rewards,
                     lambda responses: rate(prompts, responses, known, "win rate: scoring"), args)
         except (UserError, SkipRow) as error:  # of one checkpoint: the others are evaluated all the same
-            failures.append(f"{checkpoint.path}: {error}")
-            print_rank0(f"failed: {failures[-1]}")
+            failures.append(f"{evaluation.path}: {error}")
             continue
-        measures, samples = measured[checkpoint.weights]
-        row = dict(checkpoint=checkpoint.name, step=checkpoint.step, epoch=checkpoint.epoch, **measures,
-                   prompts=len(prompts), weights=checkpoint.weights, settings=settings, protocol=protocol, of=made_of)
-        on_rank_0(lambda: write_evaluation(checkpoint, row, samples if args.keep_samples else None))
-        print_rank0(f"{checkpoint.run} {checkpoint.name}: {', '.join(figure_text(name, row) for name in FIGURES)}")
-    on_rank_0(lambda: [put_settings_last(Path(run) / "golden.jsonl", settings) for run in dict.fromkeys(args.runs)])
+        measures, samples = measured[evaluation.weights]
+        row = dict(checkpoint=evaluation.name, step=evaluation.step, epoch=evaluation.epoch, **measures,
+                   prompts=len(prompts), weights=evaluation.weights, settings=settings, protocol=protocol, of=made_of)
+        on_rank_0(lambda: write_evaluation(evaluation, row, samples if args.keep_samples else None))
+        print_rank0(f"{evaluation.run} {evaluation.name}: {', '.join(figure_text(name, row) for name in FIGURES)}")
+    for failure in failures:
+        print_rank0(f"failed: {failure}")
     if failures:
         raise UserError(f"{len(failures)} runs or checkpoints could not be evaluated, the first: {failures[0]}; all"
                         " others are in RUN/golden.jsonl")
@@ -977,7 +984,7 @@ def leave_out_refused(prompts, rm_tokenizer, vocab_size, args):
 def find_work(args, ref_directory, ref_fingerprint, settings):
     """-> the checkpoints whose row RUN/golden.jsonl lacks under these settings, or whose samples lack where they are
     asked for; and why runs cannot be evaluated, a text each. Locks the rows' files."""
-    checkpoints = []
+    evaluations = []
     failures = []
     for run in map(Path, dict.fromkeys(args.runs)):
         try:
@@ -995,59 +1002,71 @@ def find_work(args, ref_directory, ref_fingerprint, settings):
                 paths.setdefault(header["steps"], run / "final")
             done = read_own_rows(run / "golden.jsonl", fields=["checkpoint", "step", "weights", "settings"],
                                  key=["step", "weights", "settings"])
+            put_settings_last(run / "golden.jsonl", settings)
         except UserError as error:
             failures.append(str(error))
-            print_rank0(f"failed: {error}")
             continue
         for step, path in sorted(paths.items()):
-            manifest = path / "manifest.json"
-            weights = file_sha256(manifest) if manifest.exists() else model_fingerprint(path)
+            try:
+                weights = weights_sha256(path, header if step > 0 else {})
+            except UserError as error:
+                failures.append(str(error))
+                continue
             name = path.name if step > 0 else "reference"
             row_exists = (step, weights, settings) in done
             if not row_exists or args.keep_samples and not samples_file(run, settings, name).exists():
-                checkpoints.append(Checkpoint(run, path, name, weights, step, step / steps_per_epoch, row_exists))
-    return checkpoints, failures
+                evaluations.append(Evaluation(run, path, name, weights, step, step / steps_per_epoch, row_exists))
+    return evaluations, failures
 
 
 def read_header(run):
     """The first line of RUN/metrics.jsonl, which train_pref.py wrote. Raises UserError where it did not."""
-    path = Path(run, "metrics.jsonl")
-    try:
-        with path.open() as file:
-            header = json.loads(file.readline())
-        numbers = [header["pairs"], header["steps"], header["args"]["batch_size"]]
-        if all(type(number) is int and number > 0 for number in numbers):
-            return header
-        why = f"pairs, steps, batch_size: {numbers}"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        why = f"{type(error).__name__}: {str(error):.100}"
-    raise UserError(f"{path}:1: not the header of a run of train_pref.py ({why})")
+    where = f"{run}/metrics.jsonl:1"
+    header = parse_json(read_text(Path(run, "metrics.jsonl")).split("\n")[0], where)
+    args = header.get("args") if isinstance(header.get("args"), dict) else {}
+    for name, value in (("pairs", header.get("pairs")), ("steps", header.get("steps")),
+                        ("batch_size", args.get("batch_size"))):
+        if type(value) is not int or value <= 0:
+            raise UserError(f"{where}: not the header of a run of train_pref.py: {name} is {value!r:.40}")
+    return header
+
+
+def weights_sha256(path, header):
+    """Of a checkpoint's manifest, which has the sha256 of each file, or of the files. Raises UserError where the
+    manifest bears the mark of another run than the header's."""
+    manifest = path / "manifest.json"
+    if not manifest.exists():
+        return model_fingerprint(path)
+    mark = read_json(manifest).get("run")
+    if mark and header.get("run") not in (mark, None):
+        raise UserError(f"{path} is a checkpoint of another run: {mark}, and not {header['run']}; move it away")
+    return file_sha256(manifest)
 
 
 def samples_file(run, settings, name):
     return run / "golden_samples" / settings / f"{name}.jsonl"
 
 
-def write_evaluation(checkpoint, row, samples):
+def write_evaluation(evaluation, row, samples):
     """A checkpoint's row, last, and before it its samples, unless they are None."""
     if samples is not None:
-        path = samples_file(checkpoint.run, row["settings"], checkpoint.name)
+        path = samples_file(evaluation.run, row["settings"], evaluation.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, samples)
-    if not checkpoint.row_exists:
-        append_rows(checkpoint.run / "golden.jsonl", [row])
+    if not evaluation.row_exists:
+        append_rows(evaluation.run / "golden.jsonl", [row])
 
 
 def put_settings_last(path, settings):
-    """Put the rows of these settings behind all others: `plot` takes the last complete ones."""
-    if not path.exists():
-        return
+    """Put the rows of these settings behind all others: `plot` takes the last ones that are complete."""
     others = []
     last = []
-    for (_, row), line in zip(read_whole_lines(path), path.read_text().split("\n")):
-        (last if row.get("settings") == settings else others).append(line + "\n")
+    for line in read_text(path).split("\n") if path.exists() else []:
+        if line.strip():
+            same = json.loads(line)["settings"] == settings
+            (last if same else others).append(line + "\n")
     if last and others:
-        write_atomically(path, lambda aside: aside.write_text("".join(others + last)))
+        write_text(path, "".join(others + last))
 
 
 def measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, args):
@@ -1106,6 +1125,7 @@ def bench(args):
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
     policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
+    check_room(policy.config, directory, args.max_prompt_length + args.max_new_tokens, args)
     stops = sampling_stops(directory, tokenizer)
     skipped = {}
     cut = {}
@@ -1145,7 +1165,7 @@ def bench(args):
     if not answered:
         raise UserError(f"{args.questions}: no answers: {summary}")
     rows = [bench_row(args.suite, question, args.model) for question in answered]
-    text = as_lines(rows) if args.suite == "mt_bench" else json.dumps(rows, indent=2) + "\n"
+    text = as_lines(rows) if args.suite == "mt_bench" else to_json(rows, indent=2) + "\n"
     print_rank0(f"{out}{on_rank_0(lambda: write_once(out, text))}: {summary}")
     return 1 if skipped else 0  # a mean over fewer questions is another one
 
@@ -1562,7 +1582,7 @@ def read_run(directory):
     metrics = Path(directory, "metrics.jsonl")
     header = read_header(directory)
     args = header["args"]
-    if not isinstance(args, dict) or args.get("loss") not in LOOKS:
+    if args.get("loss") not in LOOKS:
         raise UserError(f"{metrics}:1: not the header of a run of train_pref.py: no loss that is known")
     for name in ("beta", "lr", "log_eps", "seed"):
         if not is_number(args.get(name)) and args.get(name) != math.inf:
@@ -1578,6 +1598,9 @@ def read_run(directory):
         steps.append(line)
     if not steps:
         raise UserError(f"{metrics}: no steps after the header")
+    n_gaps = sum(line[name] is None for line in steps for name in TRAINING)
+    if n_gaps:
+        print_rank0(f"{directory}: {n_gaps} values of figure 6 are null, of steps that were not finite: it has gaps")
     points, settings = golden_points(directory, header["steps"])
     if max(points) < header["steps"]:
         print_rank0(f"{directory}: evaluated up to step {max(points)} of {header['steps']}: it stands for the final"
@@ -1813,7 +1836,7 @@ def plot(args):
                          lambda aside: rows.to_json(aside, orient="records", lines=True, double_precision=15))
 
     write_frame("table1", table)
-    write_atomically(out / "table1.md", lambda aside: aside.write_text(markdown_table(table)))
+    write_text(out / "table1.md", markdown_table(table))
     for stale in out.glob("figure5.*"):  # it would pass for one of these runs
         stale.unlink()
     for name, (rows, figure) in figures.items():
@@ -1864,25 +1887,33 @@ def split_demonstration(row):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
-PLAIN_PROMPT = 256  # columns, see batch_tensors
+PLAIN_PROMPT = 256  # columns of prompt from which on an attention of its own, without a mask, is faster
 
 
 def to_device(values, device):
     """A list of numbers or a tensor, there. To a GPU from pinned memory: the host need not wait until it is idle."""
     tensor = torch.as_tensor(values)
-    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def batch_tensors(rows, predict, device, **lists):
-    """Pad rows of (ids, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,).
-    `prompt`: as many of the first columns are prompt (segment 0) in every row; 0 if few: one attention is as fast."""
+    """Rows of (ids, positions, segments) -> {name: tensor on the device}: ids and positions (B, T), padded with 0;
+    segments (B, T - P), padded with -1, of all but the first P columns, which are prompt (segment 0) in every row;
+    `predict`, (row, column) of N places, as indices (N,) of the flattened (B, T); `lists` as they are."""
     T = max(len(ids) for ids, _, _ in rows)
-    for k, (name, value) in enumerate([("ids", 0), ("positions", 0), ("segments", -1)]):
-        lists[name] = [row[k] + [value] * (T - len(row[k])) for row in rows]
+    P = min(segments.count(0) for _, _, segments in rows)
+    if P < PLAIN_PROMPT:
+        P = 0
+    lists |= dict(ids=[], positions=[], segments=[])
+    for ids, positions, segments in rows:
+        n_pad = T - len(ids)
+        lists["ids"].append(ids + [0] * n_pad)
+        lists["positions"].append(positions + [0] * n_pad)
+        lists["segments"].append(segments[P:] + [-1] * n_pad)
     lists["predict"] = [b * T + t for b, t in predict]
-    prompt = min(segments.count(0) for _, _, segments in rows)
-    tensors = {name: to_device(values, device) for name, values in lists.items()}
-    return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
+    return {name: to_device(values, device) for name, values in lists.items()}
 
 
 def split_into_micro_batches(lengths, micro_batch_size, world):
@@ -1893,56 +1924,99 @@ def split_into_micro_batches(lengths, micro_batch_size, world):
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n_groups = world * math.ceil(len(order) / (micro_batch_size * world))
     bounds = [len(order) * g // n_groups for g in range(n_groups + 1)]
-    groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    groups = [order[start:end] for start, end in zip(bounds, bounds[1:])]
     return [groups[k : k + world] for k in range(0, n_groups, world)]
 # --- end shared: batches ---
 
 
 # --- shared: llama (train_sft, train_rm, train_pref, evaluate) ---
 def read_config(directory):
-    """config.json of either dialect -> transformers' LlamaConfig, which checks types and fills in defaults. Raises
-    UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
+    """config.json of either dialect -> transformers' LlamaConfig or its like, which checks types and fills in defaults.
+    Raises UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
     from transformers import AutoConfig
 
-    path, raw = directory / "config.json", read_json(directory / "config.json")
+    path = directory / "config.json"
+    raw = read_json(path)
     try:
         c = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads  # Qwen2's config has none
     except Exception as error:  # `transformers` raises KeyError, OSError, ValueError and classes of its own
         raise UserError(f"{path}: {error}") from None
     rope = getattr(c, "rope_parameters", None) or {}
-    for key, value, known in (("model_type", c.model_type, ["llama"]), ("hidden_act", c.hidden_act, ["silu"]),
-                              ("rope_type", rope.get("rope_type"), ["default", "llama3"]),
-                              ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0]),
-                              ("quantization_config", getattr(c, "quantization_config", None), [None])):
+
+    def must_be(key, value, known):
         if value not in known:
             raise UserError(f"{path}: {key} is {value!r:.100}; known: {', '.join(map(repr, known))}")
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    scaling = scaling if rope["rope_type"] == "llama3" else []
+
+    must_be("model_type", c.model_type, ["llama", "mistral", "qwen2", "qwen3"])
+    must_be("hidden_act", c.hidden_act, ["silu"])
+    must_be("rope_type", rope.get("rope_type"), ["default", "llama3"])
+    must_be("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0])
+    must_be("quantization_config", getattr(c, "quantization_config", None), [None])
+
+    # A default of these may fit the tensors' shapes and compute something else.
     given = raw | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-    for key in (*sizes, *scaling, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
-        value = rope[key] if key in rope else getattr(c, key, None)
-        if key in (*sizes, *scaling) and key not in given:
+    no_default = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    if rope["rope_type"] == "llama3":
+        no_default += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for key in no_default:
+        if key not in given:
             raise UserError(f"{path}: {key} is missing")
-        if type(value) not in (int, float) or not 0 < value < 1e12:
-            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
+    for key in (*no_default, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
+        value = rope[key] if key in rope else getattr(c, key, None)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
                         f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
     return c
 
 
+def architecture(c, head):
+    """The name that transformers gives this model with this head: LlamaForCausalLM, Qwen2ForSequenceClassification."""
+    return c.model_type.capitalize() + head
+
+
+def check_length(c, directory, length):
+    """Sequences of `length` tokens must be seen whole: UserError for a sliding window that is shorter. A warning where
+    the model has fewer positions."""
+    window = getattr(c, "sliding_window", None)
+    if window and window < length:
+        raise UserError(f"{directory / 'config.json'}: sliding_window is {window}, and sequences have up to {length}"
+                        " tokens: shorter ones (--max_length), or a model whose attention sees them whole")
+    if length > c.max_position_embeddings:
+        print_rank0(f"warning: up to {length} tokens, but {directory} has {c.max_position_embeddings} positions")
+
+
 def rope_frequencies(config):
     """Radians per position of each pair of dimensions (head_dim/2,), float32. llama3 (Llama 3.1) divides the low
     frequencies by `factor`, keeps the high ones, and goes linearly from one to the other between."""
-    rope, dim = config.rope_parameters, config.head_dim
+    rope = config.rope_parameters
+    dim = config.head_dim
     freqs = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     if rope["rope_type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)  # over the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
     return freqs
+
+
+def attention_mask(query, key, dtype):
+    """What each of the last Q of T columns may see, from the segments of the queries (B, Q) and of all columns (B, T)
+    -> (B, 1, Q, T), 0 or -inf, to be added to the scores. A query sees a key that is not later and is in its own
+    segment or in the prompt (0); padding (-1) sees padding."""
+    B, Q = query.shape
+    T = key.shape[1]
+    query = query[:, None, :, None]
+    key = key[:, None, None, :]
+    seen = ((query == key) | ((key == 0) & (query > 0))).tril(T - Q)
+    # Of booleans each layer would make its own numbers, and of rows that are no multiple of 16 long a GPU's kernels
+    # a copy.
+    padded_T = -(-T // 16) * 16
+    mask = torch.zeros(B, 1, Q, padded_T, dtype=dtype, device=seen.device)[..., :T]
+    return mask.masked_fill_(~seen, -math.inf)
 
 
 def rotate(x, cos, sin):
@@ -1966,36 +2040,54 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: each of the K key-value heads serves H/K query heads."""
+
     def __init__(self, c):
         super().__init__()
-        self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
-        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.H = c.num_attention_heads
+        self.K = c.num_key_value_heads
+        self.head_dim = c.head_dim
+        bias = getattr(c, "attention_bias", False)
+        qkv_bias = bias or c.model_type == "qwen2"  # its config does not say so
+        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=qkv_bias)
+        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=bias)
+        self.normed = c.model_type == "qwen3"  # each head's queries and keys, before they turn
+        if self.normed:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def project(self, x, cos, sin):
         """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
+        q = self.q_proj(x).unflatten(2, (self.H, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        if self.normed:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x, cos, sin, mask, prompt=0):
+    def forward(self, x, cos, sin, mask):
+        """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
-        out = F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask)  # (B, H, T - prompt, head_dim)
-        if prompt:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
-            q, k, v = (t[:, :, :prompt] for t in (q, k, v))
-            out = torch.cat((F.scaled_dot_product_attention(q, k, v, is_causal=True), out), dim=2)
+        k = k.repeat_interleave(self.H // self.K, dim=1)
+        v = v.repeat_interleave(self.H // self.K, dim=1)
+        P = x.shape[1] - mask.shape[2]
+        out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
+        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+            of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
+            out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        bias = getattr(c, "mlp_bias", False)
+        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -2004,18 +2096,19 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, prompt=0):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, prompt)
+    def forward(self, x, cos, sin, mask):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. The
-    first `prompt` columns are prompt in all rows."""
+    """The body: ids, positions (B, T), segments (B, T - P) -> hidden states (B, T, D). The first P columns are prompt
+    (segment 0) in every row. Module names are the checkpoint's."""
 
     def __init__(self, c):
         super().__init__()
@@ -2023,7 +2116,8 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.frequencies = rope_frequencies(c)
-        self.dtype, self.checkpoint_activations = torch.float32, False
+        self.dtype = torch.float32  # of the products; build_model sets it
+        self.checkpoint_activations = False
 
     def angles(self, positions):
         """-> cos, sin (B, 1, T, head_dim/2) of the rotary embedding."""
@@ -2031,20 +2125,16 @@ class LlamaModel(nn.Module):
         angles = positions[:, None, :, None] * self.frequencies
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
-    def forward(self, ids, positions, segments, prompt=0):
-        x, (cos, sin) = self.embed_tokens(ids).to(self.dtype), self.angles(positions)
-        # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding sees padding.
-        query, key = segments[:, None, prompt:, None], segments[:, None, None, :]
-        seen = ((query == key) | ((key == 0) & (query > 0))).tril(prompt)
-        # Added to the scores, (B, 1, T - prompt, T); of booleans each layer would make its own, and of rows that are no
-        # multiple of 16 long a GPU's kernels a copy.
-        T = segments.shape[1]
-        mask = x.new_zeros(len(ids), 1, T - prompt, -(-T // 16) * 16)[..., :T].masked_fill_(~seen, -math.inf)
+    def forward(self, ids, positions, segments):
+        x = self.embed_tokens(ids).to(self.dtype)
+        cos, sin = self.angles(positions)
+        P = ids.shape[1] - segments.shape[1]
+        mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, prompt, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, prompt)
+                x = layer(x, cos, sin, mask)
         return self.norm(x)
 
 
@@ -2054,7 +2144,8 @@ def build_model(make, device, precision, shard=False, compile_layers=False, chec
     with torch.device("meta"):
         model = make()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-    model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
+    model.model.dtype = dtype
+    model.model.checkpoint_activations = checkpoint_activations
     if compile_layers:
         print_rank0("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
@@ -2078,9 +2169,9 @@ class RewardModel(nn.Module):
         self.model = LlamaModel(c)
         self.score = CastLinear(c.hidden_size, 1, bias=False)
 
-    def forward(self, ids, positions, segments, predict, prompt=0):
+    def forward(self, ids, positions, segments, predict):
         """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
-        hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
+        hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
         return self.score(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 # --- end shared: reward ---
 

@@ -18,7 +18,6 @@ batch sizes in pairs; a step is an optimizer step.  pi: policy, ref: reference, 
 """
 
 import argparse
-import bisect
 import functools
 import itertools
 import math
@@ -67,29 +66,35 @@ def dpo_loss(pc, pr, rc, rr, *, beta, label_smoothing=0.0):
 def ipo_loss(pc, pr, rc, rr, *, beta, chosen_lengths=None, rejected_lengths=None):
     """(delta - 1/(2 beta))^2: Azar et al. 2024, Eq. 17. With lengths each rho is averaged over its response's tokens,
     as TRL does. The paper's f(x) = (x - 1)^2 at x = beta' delta is this curve at beta = beta'/2, times beta'^2."""
-    rho_w, rho_l = pc - rc, pr - rr
+    rho_w = pc - rc
+    rho_l = pr - rr
     if chosen_lengths is not None:
-        rho_w, rho_l = rho_w / chosen_lengths, rho_l / rejected_lengths
+        rho_w = rho_w / chosen_lengths
+        rho_l = rho_l / rejected_lengths
     return (rho_w - rho_l - 1 / (2 * beta)) ** 2
 
 
 def importance_weights(pc, pr, rc, rr, *, log_eps):
-    """w = exp(min(rho_w + rho_l, 2 log_eps)) (B,), detached: the paper's Eq. 13 with its misprints mended (README).
-    Each response's log-ratio may spend log_eps nats, the pair twice that; inf switches the cap off."""
+    """w = exp(min(rho_w + rho_l, 2 log_eps)) (B,), detached: the paper's Eq. 13, its misprints mended (listed in
+    bandit.py). Each response's log-ratio may spend log_eps nats, the pair twice that; inf switches the cap off. rc and
+    rr are the log-probs of whoever wrote the pair: the reference's, where nothing else is known."""
     return ((pc - rc) + (pr - rr)).detach().clamp(max=2 * log_eps).exp()
 
 
 def rpo_loss(pc, pr, rc, rr, *, beta, eta, chosen_lengths=None):
     """dpo - beta eta log pi(y_w): Liu et al. 2024 (RPO), summed log-prob as its authors run it; with lengths its token
     mean."""
-    nll = -pc if chosen_lengths is None else -pc / chosen_lengths
+    nll = -pc
+    if chosen_lengths is not None:
+        nll = nll / chosen_lengths
     return dpo_loss(pc, pr, rc, rr, beta=beta) + beta * eta * nll
 
 
 def chi_po_logits(pc, pr, rc, rr, *, beta):
     """beta (phi(rho_w) - phi(rho_l)), chi-PO's chi-squared plus KL link phi(rho) = exp(clip(rho, -88, 20)) + rho, as
     published. Like terms are subtracted first: beside exp(20) a float32 does not hold rho."""
-    rho_w, rho_l = pc - rc, pr - rr
+    rho_w = pc - rc
+    rho_l = pr - rr
     return beta * ((rho_w.clamp(-88, 20).exp() - rho_l.clamp(-88, 20).exp()) + (rho_w - rho_l))
 
 
@@ -110,41 +115,34 @@ def length_dpo_loss(pc, pr, rc, rr, *, beta, alpha, chosen_lengths, rejected_len
 LOSS_FLAGS = {
     "dpo": {"label_smoothing"},
     "ipo": {"length_average"},
-    "is_dpo": {"label_smoothing", "log_eps", "ess_target"},
-    "is_ipo": {"length_average", "log_eps", "ess_target"},
+    "is_dpo": {"label_smoothing", "log_eps"},
+    "is_ipo": {"length_average", "log_eps"},
     "rpo": {"eta", "length_average"},
     "chi_po": {"r_max"},
     "length_dpo": {"alpha"},
 }
+WEIGHTED = ("is_dpo", "is_ipo")
 
 
-def ess_power(log_weights, *, ess_target, log_eps):
-    """-> the largest a in [0, 1] with (sum w^a)^2 / sum w^2a >= ess_target n, for the capped weights w of n pairs, of
-    which log_weights (n,) are rho_w + rho_l in nats. The left side, the effective sample size, falls from a = 0 on."""
-    log_weights = log_weights.double().cpu().clamp(max=2 * log_eps)
-
-    def minus_share(k):
-        weights = (k / 2**40 * (log_weights - log_weights.max())).exp()
-        return -(weights.sum() ** 2 / (weights**2).sum()).item() / len(weights)
-
-    return (bisect.bisect(range(2**40 + 1), -ess_target, key=minus_share) - 1) / 2**40
-
-
-def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, power=1.0):
-    """-> losses (B,) before weighting, weights (B,), for `--loss`. The weights are ones where the loss has none; for
-    `power` see ess_power."""
+def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, behaviour_logps=None):
+    """-> losses (B,) before weighting, weights (B,), for `--loss`. The weights are ones where the loss has none. The
+    loss is measured from the reference; the weight from behaviour_logps (B, 2; chosen, rejected), the log-probs of
+    whoever sampled the pair, if they are given."""
     logps = (pc, pr, rc, rr)
     lengths = dict(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
-    weights = torch.ones_like(pc)
-    if args.loss in ("is_dpo", "is_ipo"):
-        weights = importance_weights(*logps, log_eps=args.log_eps) ** power
+    if args.loss in WEIGHTED:
+        bc, br = (rc, rr) if behaviour_logps is None else behaviour_logps.unbind(1)
+        weights = importance_weights(pc, pr, bc, br, log_eps=args.log_eps)
+    else:
+        weights = torch.ones_like(pc)
     if args.loss in ("dpo", "is_dpo"):
         losses = dpo_loss(*logps, beta=args.beta, label_smoothing=args.label_smoothing)
     elif args.loss in ("ipo", "is_ipo"):
-        losses = ipo_loss(*logps, beta=args.beta, **(lengths if args.length_average else {}))
+        averaged = lengths if args.length_average else {}
+        losses = ipo_loss(*logps, beta=args.beta, **averaged)
     elif args.loss == "rpo":
-        average = dict(chosen_lengths=chosen_lengths) if args.length_average else {}
-        losses = rpo_loss(*logps, beta=args.beta, eta=args.eta, **average)
+        averaged = dict(chosen_lengths=chosen_lengths) if args.length_average else {}
+        losses = rpo_loss(*logps, beta=args.beta, eta=args.eta, **averaged)
     elif args.loss == "chi_po":
         losses = chi_po_loss(*logps, beta=args.beta, r_max=args.r_max)
     else:
@@ -152,17 +150,30 @@ def preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, powe
     return losses, weights
 
 
+def effective_sample_size(log_weights):
+    """(sum w)^2 / sum w^2 of weights given by their logs (B,), nats, -> a number of pairs between 1 and B. The largest
+    weight is divided out first: n equal weights give n, however small they are."""
+    weights = (log_weights - log_weights.max()).exp()
+    return weights.sum() ** 2 / (weights**2).sum()
+
+
 @torch.no_grad()
-def preference_metrics(args, logps, ref_logps, lengths):
-    """Everything the log says of one batch, from logps, ref_logps (B, 2) in nats and lengths (B, 2) in tokens; columns
-    are chosen, rejected. Names are TRL's where TRL has one; results/README.md defines each."""
-    (pc, pr), (rc, rr) = logps.unbind(1), ref_logps.unbind(1)
-    rho_w, rho_l = pc - rc, pr - rr
-    log_weights, power = rho_w + rho_l, 1.0
-    if args.ess_target:
-        power = ess_power(log_weights, ess_target=args.ess_target, log_eps=args.log_eps)
-    losses, weights = preference_loss(args, pc, pr, rc, rr, *lengths.unbind(1), power)
-    p10, p50, p90 = torch.quantile(log_weights, log_weights.new_tensor([0.1, 0.5, 0.9]))
+def preference_metrics(args, logps, ref_logps, lengths, behaviour_logps=None):
+    """Everything the log says of one batch, from logps, ref_logps and behaviour_logps (ref_logps, if not given) (B, 2)
+    in nats and lengths (B, 2) in tokens; columns are chosen, rejected. Names are TRL's where TRL has one;
+    results/README.md defines each."""
+    if behaviour_logps is None:
+        behaviour_logps = ref_logps
+    pc, pr = logps.unbind(1)
+    rc, rr = ref_logps.unbind(1)
+    chosen_lengths, rejected_lengths = lengths.unbind(1)
+    bc, br = behaviour_logps.unbind(1)
+    losses, weights = preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, behaviour_logps)
+    rho_w = pc - rc
+    rho_l = pr - rr
+    log_ratios = (pc - bc) + (pr - br)  # of the pair: the log of its weight before the cap, whatever the loss
+    log_weights = log_ratios.clamp(max=2 * args.log_eps) if args.loss in WEIGHTED else torch.zeros_like(log_ratios)
+    p10, p50, p90 = torch.quantile(log_ratios, log_ratios.new_tensor([0.1, 0.5, 0.9]))
     metrics = {
         "loss": (weights * losses).mean(),
         "loss/unweighted": losses.mean(),
@@ -175,9 +186,8 @@ def preference_metrics(args, logps, ref_logps, lengths):
         "ratio/chosen": rho_w.mean(),
         "ratio/rejected": rho_l.mean(),
         "weights/mean": weights.mean(),
-        "weights/ess": weights.sum() ** 2 / (weights**2).sum(),
-        "weights/capped": (log_weights >= 2 * args.log_eps).float().mean(),
-        "weights/power": torch.tensor(power),
+        "weights/ess": effective_sample_size(log_weights),
+        "weights/capped": (log_ratios >= 2 * args.log_eps).float().mean(),
         "weights/log_p10": p10,
         "weights/log_p50": p50,
         "weights/log_p90": p90,
@@ -188,10 +198,23 @@ def preference_metrics(args, logps, ref_logps, lengths):
     return {name: value.item() for name, value in metrics.items()}
 
 
+def trouble_with_weights(args, metrics, n_pairs):
+    """-> what a step's importance weights leave undone, with its remedy, or "" where they are at work."""
+    if metrics["weights/mean"] < 0.01 or metrics["weights/ess"] < 0.02 * n_pairs:
+        return ("the mean weight was under 0.01 or the ESS under 2% of the pairs: the policy has left the pairs behind"
+                " and learns next to nothing from them; lower --lr or raise --beta")
+    if args.loss in WEIGHTED and metrics["weights/capped"] > 0.5:
+        return ("over half of the pairs had their weight at the cap: the policy makes both responses likelier than the"
+                " reference does, the weight is a constant, and `loss` rises while `unweighted` does not; the pairs are"
+                " no samples of this reference: train it on them first (train_sft.py), or sample pairs from it")
+    return ""
+
+
 # ----------------------------------------------------------------------------------------------------------- the flags
 HERE = Path(__file__).resolve().parent
+# Appendix C of the paper; the 512 prompt tokens are its released code's.
 PAPER = dict(model="out/sft-tldr+hh/final", max_length=640, max_prompt_length=512, batch_size=64, micro_batch_size=4,
-             lr=1e-6, warmup_steps=100, beta=0.05, save_every=200, eval_every=200, keep_state=1)  # Appendix C
+             lr=1e-6, warmup_steps=100, beta=0.05, save_every=200, eval_every=200, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/truth_pairs.jsonl.gz", epochs=2, max_length=128,
                 eval_data=f"{HERE}/toy/truth_pairs_eval.jsonl.gz", max_prompt_length=96, batch_size=32, lr=2e-4,
@@ -218,8 +241,6 @@ def parse_args(argv=None):
     add("--beta", type=float, help="KL strength, > 0: smaller lets the policy move further")
     add("--log_eps", type=float, default=1.0, help="is_*: nats each response's log-ratio may spend before the weight is"
         " capped, twice that for the pair; inf: no cap")
-    add("--ess_target", type=float, default=0.0, help="is_*: least effective sample size of a step, as a share of its"
-        " pairs, kept by a power <= 1 of the weights; costs a forward more a step; 0: off")
     add("--eta", type=float, default=0.005, help="rpo: weight of the chosen log-prob, times beta")
     add("--alpha", type=float, default=0.01, help="length_dpo: reward a token of length difference")
     add("--r_max", type=float, default=10.0, help="chi_po: R, the logits are clipped to +-2R")
@@ -231,13 +252,14 @@ def parse_args(argv=None):
     add("--kernel", choices=["auto", "triton", "torch"], default="auto", help="log-prob kernel; auto: triton on a GPU")
     common_flags(parser)
     args = parse_with_preset(parser, PRESETS, argv, positive={"beta", "r_max"}, signed={"alpha", "log_eps"})
-    for flag, fits, range_ in (("ess_target", args.ess_target < 1, "in [0, 1)"),
-                               ("label_smoothing", args.label_smoothing < 0.5, "in [0, 0.5)"),
-                               ("alpha", math.isfinite(args.alpha), "finite"),
-                               ("log_eps", args.log_eps > -math.inf, "a number or inf")):
-        if not fits:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be {range_}")
-    for flag in sorted(set().union(*LOSS_FLAGS.values()) - LOSS_FLAGS[args.loss]):
+    if args.label_smoothing >= 0.5:
+        parser.error(f"--label_smoothing {args.label_smoothing}: must be in [0, 0.5)")
+    if not math.isfinite(args.alpha):
+        parser.error(f"--alpha {args.alpha}: must be finite")
+    if not args.log_eps > -math.inf:  # NaN neither
+        parser.error(f"--log_eps {args.log_eps}: must be a number or inf")
+    all_loss_flags = set().union(*LOSS_FLAGS.values())
+    for flag in sorted(all_loss_flags - LOSS_FLAGS[args.loss]):
         if getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag} {getattr(args, flag)} is not read by --loss {args.loss}: leave it out")
     args.out = args.out or f"out/{args.preset}-{args.loss}-beta{args.beta:g}-seed{args.seed}"
@@ -246,26 +268,37 @@ def parse_args(argv=None):
 
 # ------------------------------------------------------------------------------------------- batches, reference, a step
 def collate_pairs(pairs, shared_prompt, device):
-    """Pairs -> the arguments of Llama.forward; sequences come out as chosen, rejected of each pair in turn. The last
-    prompt token predicts the first token of both responses."""
+    """Pairs -> the arguments of Llama.forward; sequences come out as chosen, rejected of each pair in turn."""
     rows, places = pair_rows(pairs, shared_prompt)
-    predict, targets, cu_seqlens = [], [], [0]  # predict: (row, column) of the token before each target
+    predict = []  # (row, column) of the token before each target
+    targets = []
+    cu_seqlens = [0]
     for k, (row, start, response) in enumerate(places):
-        columns = [len(pairs[k // 2].prompt) - 1, *range(start, start + len(response) - 1)]
+        last_of_prompt = len(pairs[k // 2].prompt) - 1  # predicts the first token of both responses
+        columns = [last_of_prompt, *range(start, start + len(response) - 1)]
         predict += [(row, column) for column in columns]
         targets += response
         cu_seqlens.append(len(targets))
     return batch_tensors(rows, predict, device, targets=targets, cu_seqlens=cu_seqlens)
 
 
+def pair_lengths(pairs):
+    """Tokens of each response -> (B, 2), float32: chosen, rejected."""
+    return torch.tensor([[float(len(pair.chosen)), float(len(pair.rejected))] for pair in pairs])
+
+
 @torch.no_grad()
-def all_logps(policy, pairs, args, rank, world, device, desc=None):
+def all_logps(policy, pairs, args, desc=None):
     """Summed log-probs of every pair (P, 2) in nats, float32, on every rank: chosen, rejected. The training's path."""
+    rank = dist.get_rank()
+    device = next(policy.parameters()).device
     logps = torch.zeros(len(pairs), 2, device=device)
-    rounds = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
+    lengths = [sum(map(len, pair)) for pair in pairs]
+    rounds = split_into_micro_batches(lengths, args.micro_batch_size, dist.get_world_size())
     for micro in tqdm(rounds, desc=desc, disable=rank > 0 or not sys.stderr.isatty(), leave=False):
         picked = micro[rank] or [0]  # an idle rank computes pair 0, so that sharded collectives match
-        result = policy(**collate_pairs([pairs[i] for i in picked], args.shared_prompt, device))[0].view(-1, 2)
+        batch = collate_pairs([pairs[i] for i in picked], args.shared_prompt, device)
+        result = policy(**batch)[0].view(-1, 2)
         if micro[rank]:
             logps[to_device(picked, device)] = result
     dist.all_reduce(logps)  # each pair was written by one rank: a sum with zeros is exact
@@ -277,12 +310,13 @@ def reference_logps(path, key, index, compute):
     that training takes, and read from their file ever after. Raises UserError: of something else, or damaged."""
     if not on_rank_0(path.exists):
         logps = compute()
-        bad = (~logps.isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise UserError(f"the reference gives data row {index[bad[0]].item()} the log-probs"
-                            f" {logps[bad[0]].tolist()}: its weights are broken")
-        chosen, rejected = logps.T.contiguous()
-        tensors = dict(chosen=chosen, rejected=rejected.clone(), index=index.clone())
+        broken = (~logps.isfinite().all(1)).nonzero().flatten().tolist()
+        if broken:
+            raise UserError(f"the reference gives data row {index[broken[0]].item()} the log-probs"
+                            f" {logps[broken[0]].tolist()}: its weights are broken")
+        chosen = logps[:, 0].contiguous()
+        rejected = logps[:, 1].contiguous()
+        tensors = dict(chosen=chosen, rejected=rejected, index=index.clone())
         on_rank_0(lambda: write_tensors(path, tensors, key))
     tensors, _ = read_tensors(path, key)
     if not torch.equal(tensors["index"], index):
@@ -290,17 +324,19 @@ def reference_logps(path, key, index, compute):
     return torch.stack([tensors["chosen"], tensors["rejected"]], 1)
 
 
-def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
-    """One optimizer step on a batch of pairs (all ranks hold the whole batch) and its ref_logps (B, 2).
-    -> logps (B, 2) of the whole batch before the step, lengths (B, 2) in tokens, global gradient norm before clipping,
-    and whether the update was finite and applied."""
+def train_step(policy, optimizer, pairs, ref_logps, args, behaviour_logps=None):
+    """One optimizer step on a batch of pairs (all ranks hold the whole batch), its ref_logps (B, 2) and behaviour_logps
+    (B, 2; the same, if not given). -> logps (B, 2) of the whole batch before the step, global gradient norm before
+    clipping, and whether the update was finite and applied."""
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    device = next(policy.parameters()).device
     B = len(pairs)
-    logps, ref_logps = torch.zeros(B, 2, device=device), to_device(ref_logps, device)
-    lengths = to_device([[float(len(p.chosen)), float(len(p.rejected))] for p in pairs], device)
-    rounds, power = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world), 1.0
-    if args.ess_target:  # the log-ratios of the whole step first, by the same micro-batches: a forward more, and exact
-        log_weights = (all_logps(policy, pairs, args, rank, world, device) - ref_logps.cpu()).sum(1)
-        power = ess_power(log_weights, ess_target=args.ess_target, log_eps=args.log_eps)
+    logps = torch.zeros(B, 2, device=device)
+    behaviour_logps = to_device(ref_logps if behaviour_logps is None else behaviour_logps, device)
+    ref_logps = to_device(ref_logps, device)
+    lengths = to_device(pair_lengths(pairs), device)
+    rounds = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
     for k, micro in enumerate(rounds):
         picked = micro[rank] or [0]  # an idle rank computes pair 0, times 0, so that collectives match
         # DDP sums the ranks' gradients once, with the last micro-batch; FSDP2 each time, as it keeps only its shard.
@@ -308,22 +344,28 @@ def train_step(policy, optimizer, pairs, ref_logps, args, rank, world, device):
         batch = collate_pairs([pairs[i] for i in picked], args.shared_prompt, device)
         index = to_device(picked, device)
         micro_logps = policy(**batch)[0].view(-1, 2)
-        columns = (*micro_logps.unbind(1), *ref_logps[index].unbind(1), *lengths[index].unbind(1))
-        losses, weights = preference_loss(args, *columns, power)
+        pc, pr = micro_logps.unbind(1)
+        rc, rr = ref_logps[index].unbind(1)
+        chosen_lengths, rejected_lengths = lengths[index].unbind(1)
+        losses, weights = preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths,
+                                          behaviour_logps[index])
         loss = (weights * losses).sum() * (world / B)  # DDP and FSDP2 average over ranks: the sum / B remains
-        (loss if micro[rank] else 0.0 * loss).backward()
+        if not micro[rank]:
+            loss = 0.0 * loss
+        loss.backward()
         if micro[rank]:
             logps[index] = micro_logps.detach()
     dist.all_reduce(logps)  # each pair was written by one rank: a sum with zeros is exact
     grad_norm, applied = clip_and_step(policy, optimizer, args.grad_clip, logps.isfinite().all())
-    return logps, lengths, grad_norm, applied
+    return logps, grad_norm, applied
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
 def main():
     args = parse_args()
-    rank, world, device = init_distributed(args.seed, args.timeout, args.threads)
-    out, model_dir = Path(args.out), find_model(args.model)
+    _, world, device = init_distributed(args.seed, args.timeout, args.threads)
+    out = Path(args.out)
+    model_dir = find_model(args.model)
     ref_dir = find_model(args.ref) if args.ref else model_dir
 
     # A new run, or one to go on with
@@ -337,52 +379,54 @@ def main():
     begin_dir = resumed or model_dir
 
     # Data
-    tokenizer, config, ref_config = load_tokenizer(model_dir), read_config(begin_dir), read_config(ref_dir)
-    vocab_size = min(config.vocab_size, ref_config.vocab_size)
-    if args.max_length > config.max_position_embeddings:
-        print_rank0(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings}"
-                    " positions")
-    limits = (tokenizer, vocab_size, args.max_length, args.max_prompt_length)
+    config = read_config(begin_dir)
+    ref_config = read_config(ref_dir)
+    check_length(config, model_dir, args.max_length)
+    tokenizer = load_tokenizer(model_dir)
+    limits = (tokenizer, min(config.vocab_size, ref_config.vocab_size), args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
     eval_path = out / "data_eval.safetensors"
     eval_pairs = load_rows(eval_path, header, Pair, split_pair, args.eval_data, True, RECIPES, *limits)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    cap = f"{2 * args.log_eps:g}" if args.loss in ("is_dpo", "is_ipo") else "none"
+    cap = f"{2 * args.log_eps:g}" if args.loss in WEIGHTED else "none"
     header |= dict(pairs=len(pairs), steps=total, weight_cap_nats=cap)
 
-    # Reference log-probs, computed once, by the path that training takes; --max_steps may end before all pairs are seen
-    @functools.cache
-    def load(directory):
-        how = (device, args.precision, args.shard, args.compile, args.checkpoint_activations)
-        return load_weights(build_model(lambda: Llama(read_config(directory), args.kernel), *how), directory)
+    # Reference log-probs, computed once, by the path that training takes
+    @functools.cache  # the policy mostly begins as the reference: then it is the model that computed these
+    def load_policy(directory):
+        policy = build_model(lambda: Llama(read_config(directory), args.kernel), device, args.precision,
+                             shard=args.shard, compile_layers=args.compile,
+                             checkpoint_activations=args.checkpoint_activations)
+        return load_weights(policy, directory)
 
-    def reference(path, of_pairs, index):
+    def reference(name, of_pairs, index):
         key = f"{header['ref']}-{header['data']}-{args.precision}"
-        of = (of_pairs, args, rank, world, device, "reference log-probs")
-        return reference_logps(path, key, index, lambda: all_logps(load(ref_dir), *of))
+        compute = lambda: all_logps(load_policy(ref_dir), of_pairs, args, "reference log-probs")
+        return reference_logps(out / name, key, index, compute)
 
-    reached = sorted(epoch_order(len(pairs), args.seed, 0)[: total * args.batch_size])
+    reached = sorted(epoch_order(len(pairs), args.seed, 0)[: total * args.batch_size])  # all, but for --max_steps
     ref_logps = torch.full((len(pairs), 2), math.nan)
-    ref_logps[reached] = reference(out / "ref_logps.safetensors", Subset(pairs, reached), pairs.index[reached])
+    ref_logps[reached] = reference("ref_logps.safetensors", Subset(pairs, reached), pairs.index[reached])
     if eval_pairs:
-        eval_ref_logps = reference(out / "ref_logps_eval.safetensors", eval_pairs, eval_pairs.index)
-        eval_lengths = torch.tensor([[float(len(p.chosen)), float(len(p.rejected))] for p in eval_pairs])
+        eval_ref_logps = reference("ref_logps_eval.safetensors", eval_pairs, eval_pairs.index)
 
     # Policy and optimizer
     if begin_dir != ref_dir:
-        load.cache_clear()  # one model in memory at a time
-    policy = load(begin_dir)
-    files = model_files(begin_dir, tokenizer, assistant_stop_id(tokenizer))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)  # Appendix C
-    state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0, spread="")
+        load_policy.cache_clear()  # one model in memory at a time
+    policy = load_policy(begin_dir)
+    files = model_files(begin_dir, tokenizer, assistant_stop_id(tokenizer),
+                        architectures=[architecture(config, "ForCausalLM")])
+    # AdamW is the paper's; this epsilon and no weight decay are its released code's.
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
+    state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0)
     if resumed:
         state = load_trainer(resumed, policy, optimizer)
-        print_rank0(f"resumed from {resumed}{state['spread']}")
-    first = collate_pairs([pairs[0]], args.shared_prompt, device)
-    model = policy
+        print_rank0(f"resumed from {resumed}")
+    parallel_policy = policy  # what a step calls: under DDP its wrapper, sharded or alone itself
     if world > 1 and not args.shard:
-        model = data_parallel(policy, lambda model: model(**first)[0].sum())
+        batch = collate_pairs([pairs[0]], args.shared_prompt, device)
+        parallel_policy = data_parallel(policy, lambda model: model(**batch)[0].sum())
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     print_rank0(f"{args.loss}: {size:.2f}M parameters, {len(pairs)} pairs, {total} steps of {args.batch_size}, beta"
                 f" {args.beta:g}, weight cap {cap} nats, {world} x {header['device']}, {args.precision} -> {out}")
@@ -390,13 +434,15 @@ def main():
         print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
-        save_checkpoint(directory, policy, tokenizer, files, args.save_dtype, optimizer, state)
+        save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                        optimizer=optimizer, state=state)
 
     log = StepLog(out / "metrics.jsonl", header, resumed, steps_done=state["step"], total=total,
                   log_every=args.log_every, track=args.track)
     signals = catch_signals()
     began = time.perf_counter()
-    faint = 0
+    trouble = ""  # with the weights, and for how many steps
+    steps_of_trouble = 0
     for step in range(state["step"] + 1, total + 1):
         step_began = time.perf_counter()
         epoch, k = divmod(step - 1, steps_per_epoch)
@@ -405,30 +451,28 @@ def main():
         lr = learning_rate(step, total, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ref = ref_logps[picked]
-        logps, lengths, grad_norm, applied = train_step(model, optimizer, batch, ref, args, rank, world, device)
+        logps, grad_norm, applied = train_step(parallel_policy, optimizer, batch, ref_logps[picked], args)
 
         # Log
         step_s = time.perf_counter() - step_began
-        n_tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch)  # as TRL counts
-        if step == 1 and ref_dir == model_dir:  # the policy is the reference still: what differs is rounding
-            spread = (logps.cpu() - ref).abs().max().item()
-            state["spread"] = f"; before step 1 |log pi - log ref| was at most {spread:.1e} nats: rounding"
-            print_rank0(state["spread"].removeprefix("; "))
+        n_tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in batch)  # as TRL counts
         count_step(state, applied=applied, n_tokens=n_tokens)
-        metrics = preference_metrics(args, logps, ref.to(device), lengths)
+        metrics = {"pairs": len(batch)}
+        metrics |= preference_metrics(args, logps.cpu(), ref_logps[picked], pair_lengths(batch))
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
         if eval_pairs and is_due(step, args.eval_every, total):
-            eval_logps = all_logps(policy, eval_pairs, args, rank, world, device, "evaluation")
-            evaluated = preference_metrics(args, eval_logps, eval_ref_logps, eval_lengths)
+            eval_logps = all_logps(policy, eval_pairs, args, "evaluation")
+            evaluated = preference_metrics(args, eval_logps, eval_ref_logps, pair_lengths(eval_pairs))
             metrics |= {f"eval_{name}": value for name, value in evaluated.items()}
         log.write(step, metrics, step_line(step, total, metrics), applied)
-        faint = faint + 1 if metrics["weights/mean"] < 0.01 or metrics["weights/ess"] < 0.02 * len(batch) else 0
-        if faint == 10:
-            print_rank0("warning: for 10 steps the mean weight was under 0.01 or the ESS under 2% of the pairs: the"
-                        " policy has left the pairs behind and learns next to nothing from them; lower --lr or raise"
-                        " --beta")
+        if step == 1 and ref_dir == model_dir:  # the policy is the reference still: what differs is rounding
+            spread = (logps.cpu() - ref_logps[picked]).abs().max().item()
+            print_rank0(f"before step 1 |log pi - log ref| was at most {spread:.1e} nats: rounding")
+        last_trouble, trouble = trouble, trouble_with_weights(args, metrics, len(batch))
+        steps_of_trouble = steps_of_trouble + 1 if trouble == last_trouble else 1
+        if trouble and steps_of_trouble == min(10, total):
+            print_rank0(f"warning: for {steps_of_trouble} steps {trouble}")
 
         # Save, stop
         code = save_or_stop(out, state, signals, save, save_every=args.save_every, keep=args.keep,
@@ -437,17 +481,15 @@ def main():
             return code
 
     log.close()
-    save_checkpoint(out / "final", policy, tokenizer, files, args.save_dtype)
+    save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                    save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; policy in {out}/final")
-    evaluate, where = (shlex.quote(str(path)) for path in (HERE / "evaluate.py", out.resolve()))
-    judge = f"--rm REWARD_MODEL --ref {shlex.quote(str(ref_dir.resolve()))} --data HELD_OUT"
-    judge = "--preset toy" if args.preset == "toy" else judge
-    print_rank0(f"next: python {evaluate} golden {judge} {where} && python {evaluate} plot {where} --out {where}/figs")
+    print_rank0(f"next: {next_commands(args, out, ref_dir)}")
     return 0
 
 
 def step_line(step, total, m):
-    """What the screen says of a step."""
+    """What the screen says of a step, from its metrics m."""
     accuracy = f"{m['rewards/accuracies']:.2f}" if step > 1 else "-"  # before step 1 it is that of rounding
     line = (f"step {step}/{total} | loss {m['loss']:.4f} | unweighted {m['loss/unweighted']:.4f}"
             f" | acc {accuracy} | margin {m['rewards/margins']:+.4f}"
@@ -456,6 +498,16 @@ def step_line(step, total, m):
     if "eval_loss" in m:
         line += f" || held out: loss {m['eval_loss']:.4f} acc {m['eval_rewards/accuracies']:.3f}"
     return line
+
+
+def next_commands(args, out, ref_dir):
+    """What to ask of the run that has ended: how far it went and how often it wins."""
+    evaluate = shlex.quote(str(HERE / "evaluate.py"))
+    run = shlex.quote(str(out.resolve()))
+    judge = f"--rm REWARD_MODEL --ref {shlex.quote(str(ref_dir.resolve()))} --data HELD_OUT"
+    if args.preset == "toy":
+        judge = "--preset toy"
+    return f"python {evaluate} golden {judge} {run} && python {evaluate} plot {run} --out {run}/figs"
 
 
 # ================================================================================= Shared by the scripts: read it once
@@ -501,8 +553,9 @@ def pair_rows(pairs, shared_prompt):
     response) of chosen and rejected of each pair in turn.
 
     Shared: one row [prompt | chosen | rejected] a pair; the positions of both responses continue the prompt's. Plain:
-    two rows [prompt | response]. Segments say who may see whom: 0 the prompt, 1 and 2 the responses."""
-    rows, places = [], []
+    two rows [prompt | response]. Segments are what attention_mask reads: 0 the prompt, 1 and 2 the responses."""
+    rows = []
+    places = []
     for pair in pairs:
         P = len(pair.prompt)
         for segment, response in ((1, pair.chosen), (2, pair.rejected)):
@@ -518,25 +571,33 @@ def pair_rows(pairs, shared_prompt):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
-PLAIN_PROMPT = 256  # columns, see batch_tensors
+PLAIN_PROMPT = 256  # columns of prompt from which on an attention of its own, without a mask, is faster
 
 
 def to_device(values, device):
     """A list of numbers or a tensor, there. To a GPU from pinned memory: the host need not wait until it is idle."""
     tensor = torch.as_tensor(values)
-    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def batch_tensors(rows, predict, device, **lists):
-    """Pad rows of (ids, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,).
-    `prompt`: as many of the first columns are prompt (segment 0) in every row; 0 if few: one attention is as fast."""
+    """Rows of (ids, positions, segments) -> {name: tensor on the device}: ids and positions (B, T), padded with 0;
+    segments (B, T - P), padded with -1, of all but the first P columns, which are prompt (segment 0) in every row;
+    `predict`, (row, column) of N places, as indices (N,) of the flattened (B, T); `lists` as they are."""
     T = max(len(ids) for ids, _, _ in rows)
-    for k, (name, value) in enumerate([("ids", 0), ("positions", 0), ("segments", -1)]):
-        lists[name] = [row[k] + [value] * (T - len(row[k])) for row in rows]
+    P = min(segments.count(0) for _, _, segments in rows)
+    if P < PLAIN_PROMPT:
+        P = 0
+    lists |= dict(ids=[], positions=[], segments=[])
+    for ids, positions, segments in rows:
+        n_pad = T - len(ids)
+        lists["ids"].append(ids + [0] * n_pad)
+        lists["positions"].append(positions + [0] * n_pad)
+        lists["segments"].append(segments[P:] + [-1] * n_pad)
     lists["predict"] = [b * T + t for b, t in predict]
-    prompt = min(segments.count(0) for _, _, segments in rows)
-    tensors = {name: to_device(values, device) for name, values in lists.items()}
-    return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
+    return {name: to_device(values, device) for name, values in lists.items()}
 
 
 def split_into_micro_batches(lengths, micro_batch_size, world):
@@ -547,7 +608,7 @@ def split_into_micro_batches(lengths, micro_batch_size, world):
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n_groups = world * math.ceil(len(order) / (micro_batch_size * world))
     bounds = [len(order) * g // n_groups for g in range(n_groups + 1)]
-    groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    groups = [order[start:end] for start, end in zip(bounds, bounds[1:])]
     return [groups[k : k + world] for k in range(0, n_groups, world)]
 # --- end shared: batches ---
 
@@ -562,9 +623,13 @@ def epoch_order(n, seed, epoch):
 
 
 def learning_rate(step, total, warmup_steps, peak):
-    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it at `total`; step counts from 1. A warm-up
-    that would not end within the run is a tenth of it."""
-    warmup_steps = warmup_steps if warmup_steps < total else total // 10
+    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it (as in the paper's released code) at
+    `total`; step counts from 1. A warm-up that would not end within the run is a tenth of it; a run of one step takes
+    the peak."""
+    if warmup_steps >= total:
+        warmup_steps = total // 10
+    if total == 1:
+        return peak
     if step <= warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total - warmup_steps)
@@ -585,62 +650,106 @@ def clip_and_step(model, optimizer, grad_clip, finite):
     """Clip the global gradient norm and apply the update, on all ranks or on none: where a loss or gradient is not
     finite the weights stay as they were. -> the norm before clipping, whether the update was applied."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     applied = bool(finite & norm.isfinite())
     if applied:
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's are views of its buckets
     return norm.item(), applied
 # --- end shared: step ---
 
 
 # --- shared: llama (train_sft, train_rm, train_pref, evaluate) ---
 def read_config(directory):
-    """config.json of either dialect -> transformers' LlamaConfig, which checks types and fills in defaults. Raises
-    UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
+    """config.json of either dialect -> transformers' LlamaConfig or its like, which checks types and fills in defaults.
+    Raises UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
     from transformers import AutoConfig
 
-    path, raw = directory / "config.json", read_json(directory / "config.json")
+    path = directory / "config.json"
+    raw = read_json(path)
     try:
         c = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads  # Qwen2's config has none
     except Exception as error:  # `transformers` raises KeyError, OSError, ValueError and classes of its own
         raise UserError(f"{path}: {error}") from None
     rope = getattr(c, "rope_parameters", None) or {}
-    for key, value, known in (("model_type", c.model_type, ["llama"]), ("hidden_act", c.hidden_act, ["silu"]),
-                              ("rope_type", rope.get("rope_type"), ["default", "llama3"]),
-                              ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0]),
-                              ("quantization_config", getattr(c, "quantization_config", None), [None])):
+
+    def must_be(key, value, known):
         if value not in known:
             raise UserError(f"{path}: {key} is {value!r:.100}; known: {', '.join(map(repr, known))}")
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    scaling = scaling if rope["rope_type"] == "llama3" else []
+
+    must_be("model_type", c.model_type, ["llama", "mistral", "qwen2", "qwen3"])
+    must_be("hidden_act", c.hidden_act, ["silu"])
+    must_be("rope_type", rope.get("rope_type"), ["default", "llama3"])
+    must_be("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0])
+    must_be("quantization_config", getattr(c, "quantization_config", None), [None])
+
+    # A default of these may fit the tensors' shapes and compute something else.
     given = raw | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-    for key in (*sizes, *scaling, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
-        value = rope[key] if key in rope else getattr(c, key, None)
-        if key in (*sizes, *scaling) and key not in given:
+    no_default = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    if rope["rope_type"] == "llama3":
+        no_default += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for key in no_default:
+        if key not in given:
             raise UserError(f"{path}: {key} is missing")
-        if type(value) not in (int, float) or not 0 < value < 1e12:
-            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
+    for key in (*no_default, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
+        value = rope[key] if key in rope else getattr(c, key, None)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
                         f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
     return c
 
 
+def architecture(c, head):
+    """The name that transformers gives this model with this head: LlamaForCausalLM, Qwen2ForSequenceClassification."""
+    return c.model_type.capitalize() + head
+
+
+def check_length(c, directory, length):
+    """Sequences of `length` tokens must be seen whole: UserError for a sliding window that is shorter. A warning where
+    the model has fewer positions."""
+    window = getattr(c, "sliding_window", None)
+    if window and window < length:
+        raise UserError(f"{directory / 'config.json'}: sliding_window is {window}, and sequences have up to {length}"
+                        " tokens: shorter ones (--max_length), or a model whose attention sees them whole")
+    if length > c.max_position_embeddings:
+        print_rank0(f"warning: up to {length} tokens, but {directory} has {c.max_position_embeddings} positions")
+
+
 def rope_frequencies(config):
     """Radians per position of each pair of dimensions (head_dim/2,), float32. llama3 (Llama 3.1) divides the low
     frequencies by `factor`, keeps the high ones, and goes linearly from one to the other between."""
-    rope, dim = config.rope_parameters, config.head_dim
+    rope = config.rope_parameters
+    dim = config.head_dim
     freqs = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     if rope["rope_type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)  # over the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
     return freqs
+
+
+def attention_mask(query, key, dtype):
+    """What each of the last Q of T columns may see, from the segments of the queries (B, Q) and of all columns (B, T)
+    -> (B, 1, Q, T), 0 or -inf, to be added to the scores. A query sees a key that is not later and is in its own
+    segment or in the prompt (0); padding (-1) sees padding."""
+    B, Q = query.shape
+    T = key.shape[1]
+    query = query[:, None, :, None]
+    key = key[:, None, None, :]
+    seen = ((query == key) | ((key == 0) & (query > 0))).tril(T - Q)
+    # Of booleans each layer would make its own numbers, and of rows that are no multiple of 16 long a GPU's kernels
+    # a copy.
+    padded_T = -(-T // 16) * 16
+    mask = torch.zeros(B, 1, Q, padded_T, dtype=dtype, device=seen.device)[..., :T]
+    return mask.masked_fill_(~seen, -math.inf)
 
 
 def rotate(x, cos, sin):
@@ -664,36 +773,54 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: each of the K key-value heads serves H/K query heads."""
+
     def __init__(self, c):
         super().__init__()
-        self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
-        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.H = c.num_attention_heads
+        self.K = c.num_key_value_heads
+        self.head_dim = c.head_dim
+        bias = getattr(c, "attention_bias", False)
+        qkv_bias = bias or c.model_type == "qwen2"  # its config does not say so
+        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=qkv_bias)
+        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=bias)
+        self.normed = c.model_type == "qwen3"  # each head's queries and keys, before they turn
+        if self.normed:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def project(self, x, cos, sin):
         """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
+        q = self.q_proj(x).unflatten(2, (self.H, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        if self.normed:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x, cos, sin, mask, prompt=0):
+    def forward(self, x, cos, sin, mask):
+        """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
-        out = F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask)  # (B, H, T - prompt, head_dim)
-        if prompt:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
-            q, k, v = (t[:, :, :prompt] for t in (q, k, v))
-            out = torch.cat((F.scaled_dot_product_attention(q, k, v, is_causal=True), out), dim=2)
+        k = k.repeat_interleave(self.H // self.K, dim=1)
+        v = v.repeat_interleave(self.H // self.K, dim=1)
+        P = x.shape[1] - mask.shape[2]
+        out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
+        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+            of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
+            out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        bias = getattr(c, "mlp_bias", False)
+        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -702,18 +829,19 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, prompt=0):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, prompt)
+    def forward(self, x, cos, sin, mask):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. The
-    first `prompt` columns are prompt in all rows."""
+    """The body: ids, positions (B, T), segments (B, T - P) -> hidden states (B, T, D). The first P columns are prompt
+    (segment 0) in every row. Module names are the checkpoint's."""
 
     def __init__(self, c):
         super().__init__()
@@ -721,7 +849,8 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.frequencies = rope_frequencies(c)
-        self.dtype, self.checkpoint_activations = torch.float32, False
+        self.dtype = torch.float32  # of the products; build_model sets it
+        self.checkpoint_activations = False
 
     def angles(self, positions):
         """-> cos, sin (B, 1, T, head_dim/2) of the rotary embedding."""
@@ -729,20 +858,16 @@ class LlamaModel(nn.Module):
         angles = positions[:, None, :, None] * self.frequencies
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
-    def forward(self, ids, positions, segments, prompt=0):
-        x, (cos, sin) = self.embed_tokens(ids).to(self.dtype), self.angles(positions)
-        # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding sees padding.
-        query, key = segments[:, None, prompt:, None], segments[:, None, None, :]
-        seen = ((query == key) | ((key == 0) & (query > 0))).tril(prompt)
-        # Added to the scores, (B, 1, T - prompt, T); of booleans each layer would make its own, and of rows that are no
-        # multiple of 16 long a GPU's kernels a copy.
-        T = segments.shape[1]
-        mask = x.new_zeros(len(ids), 1, T - prompt, -(-T // 16) * 16)[..., :T].masked_fill_(~seen, -math.inf)
+    def forward(self, ids, positions, segments):
+        x = self.embed_tokens(ids).to(self.dtype)
+        cos, sin = self.angles(positions)
+        P = ids.shape[1] - segments.shape[1]
+        mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, prompt, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, prompt)
+                x = layer(x, cos, sin, mask)
         return self.norm(x)
 
 
@@ -752,7 +877,8 @@ def build_model(make, device, precision, shard=False, compile_layers=False, chec
     with torch.device("meta"):
         model = make()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-    model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
+    model.model.dtype = dtype
+    model.model.checkpoint_activations = checkpoint_activations
     if compile_layers:
         print_rank0("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
@@ -778,10 +904,10 @@ class Llama(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else CastLinear(c.hidden_size, c.vocab_size, bias=False)
         self.kernel = kernel
 
-    def forward(self, ids, positions, segments, predict, targets, cu_seqlens, prompt=0):
+    def forward(self, ids, positions, segments, predict, targets, cu_seqlens):
         """-> logps (S,), the sums over each sequence's targets, and token_logps (N,): nats, float32. predict (N,)
         indexes the flattened (B, T) that predict targets (N,); sequence s is cu_seqlens[s] : cu_seqlens[s + 1]."""
-        hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
+        hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return linear_sequence_logps(hidden, head.weight, targets, cu_seqlens, kernel=self.kernel)
 # --- end shared: policy ---

@@ -21,7 +21,6 @@ optimizer step.
 import argparse
 import functools
 import itertools
-import json
 import math
 import os
 import random
@@ -43,7 +42,7 @@ from tqdm import tqdm
 from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, shard_like
 from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
 from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main,
-                              write_atomically)
+                              to_json, write_text)
 from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
                           parse_with_preset, run_header, save_or_stop, step_metrics)
 
@@ -71,30 +70,41 @@ def calibration(rewards, n_bins=10):
     in [0.5, 1], and the bins are equally wide; a pair counts as right if r_w > r_l. The error is the mean over pairs of
     |confidence - accuracy| of their bin (Guo et al. 2017)."""
     margins = (rewards[:, 0] - rewards[:, 1]).double()
-    confidence, right = margins.abs().sigmoid(), (margins > 0).double()
+    confidence = margins.abs().sigmoid()
+    right = (margins > 0).double()
     bins = (2 * n_bins * (confidence - 0.5)).long().clamp(max=n_bins - 1)  # 1.0 belongs to the last
     table = []
+    error = 0.0
     for k in range(n_bins):
-        count, low, high = (bins == k).sum().item(), 0.5 + k / (2 * n_bins), 0.5 + (k + 1) / (2 * n_bins)
-        means = [values[bins == k].mean().item() if count else None for values in (confidence, right)]
-        table.append(dict(low=low, high=high, count=count, confidence=means[0], accuracy=means[1]))
-    error = sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in table if row["count"]) / len(rewards)
-    return dict(pairs=len(rewards), ece=error, bins=table)
+        inside = bins == k
+        row = dict(low=0.5 + k / (2 * n_bins), high=0.5 + (k + 1) / (2 * n_bins), count=inside.sum().item(),
+                   confidence=None, accuracy=None)
+        if row["count"]:
+            row["confidence"] = confidence[inside].mean().item()
+            row["accuracy"] = right[inside].mean().item()
+            error += row["count"] * abs(row["confidence"] - row["accuracy"])
+        table.append(row)
+    return dict(pairs=len(rewards), ece=error / len(rewards), bins=table)
+
+
+HEAD = "ForSequenceClassification"  # of transformers' reward models
 
 
 @torch.no_grad()
 def load_reward_model(model, directory, seed):
     """Fill `model` from a reward model, or from a language model with a new head: normal, std 1/sqrt(D + 1) as in the
     paper's code, so that rewards begin with a spread of about 1. Strict but for the head. -> what became of it."""
-    if "LlamaForSequenceClassification" in (read_json(directory / "config.json").get("architectures") or []):
+    config = read_config(directory)
+    if architecture(config, HEAD) in (config.architectures or []):
         load_weights(model, directory)
         return f"score.weight of {directory} kept"
     # Drawn whole on CPU: ranks, sharded or not, begin with the same.
-    score, generator = model.score.weight, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    score = model.score.weight
     std = (score.shape[1] + 1) ** -0.5
     score.copy_(shard_like(score, torch.empty(score.shape).normal_(std=std, generator=generator)))
     load_weights(model, directory, new=["score.weight"], drop=["lm_head.weight"])
-    tied = " (tied: the embedding, which stays)" if read_config(directory).tie_word_embeddings else ""
+    tied = " (tied: the embedding, which stays)" if config.tie_word_embeddings else ""
     return f"lm_head.weight{tied} of {directory} dropped, score.weight new with std {std:.4f}, seed {seed}"
 
 
@@ -117,9 +127,9 @@ def choose_pad(tokenizer):
 
 # ----------------------------------------------------------------------------------------------------------- the flags
 HERE = Path(__file__).resolve().parent
+# Appendix C of the paper, with the policies' warm-up; the 512 prompt tokens are its released code's.
 PAPER = dict(model="out/sft-8b/final", epochs=1, max_length=640, max_prompt_length=512, batch_size=128,
-             micro_batch_size=4, lr=5e-6, warmup_steps=100, shard=True, save_every=500, eval_every=500,
-             keep_state=1)  # Appendix C; the warm-up is the policies'
+             micro_batch_size=4, lr=5e-6, warmup_steps=100, shard=True, save_every=500, eval_every=500, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/rm_pairs.jsonl.gz",
                 eval_data=f"{HERE}/toy/rm_pairs_eval.jsonl.gz", epochs=2, max_length=128, max_prompt_length=96,
@@ -158,50 +168,62 @@ def collate_responses(pairs, shared_prompt, device):
     """Pairs -> the arguments of RewardModel.forward; rewards come out as chosen, rejected of each pair in turn, each
     read at the response's last token by position: its stop, unless the response was cut."""
     rows, places = pair_rows(pairs, shared_prompt)
-    return batch_tensors(rows, [(row, start + len(response) - 1) for row, start, response in places], device)
+    last_tokens = [(row, start + len(response) - 1) for row, start, response in places]
+    return batch_tensors(rows, last_tokens, device)
 
 
 @torch.no_grad()
-def all_rewards(model, pairs, args, rank, world, device, desc):
+def all_rewards(reward_model, pairs, args, desc):
     """The rewards of every pair (P, 2), float32, on every rank: chosen, rejected."""
+    rank = dist.get_rank()
+    device = next(reward_model.parameters()).device
     rewards = torch.zeros(len(pairs), 2, device=device)
-    rounds = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
+    lengths = [sum(map(len, pair)) for pair in pairs]
+    rounds = split_into_micro_batches(lengths, args.micro_batch_size, dist.get_world_size())
     for micro in tqdm(rounds, desc=desc, disable=rank > 0 or not sys.stderr.isatty(), leave=False):
         picked = micro[rank] or [0]  # an idle rank computes pair 0, so that sharded collectives match
-        result = model(**collate_responses([pairs[i] for i in picked], args.shared_prompt, device)).view(-1, 2)
+        batch = collate_responses([pairs[i] for i in picked], args.shared_prompt, device)
+        result = reward_model(**batch).view(-1, 2)
         if micro[rank]:
             rewards[to_device(picked, device)] = result
     dist.all_reduce(rewards)  # each pair was written by one rank: a sum with zeros is exact
     return rewards.cpu()
 
 
-def reward_step(model, optimizer, pairs, args, rank, world, device):
+def reward_step(reward_model, optimizer, pairs, args):
     """One optimizer step on a batch of pairs (all ranks hold the whole batch). -> rewards (B, 2) of the whole batch
     before the step, global gradient norm before clipping, and whether the update was finite and applied."""
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    device = next(reward_model.parameters()).device
     B = len(pairs)
     rewards = torch.zeros(B, 2, device=device)
     rounds = split_into_micro_batches([sum(map(len, pair)) for pair in pairs], args.micro_batch_size, world)
     for k, micro in enumerate(rounds):
         picked = micro[rank] or [0]  # an idle rank computes pair 0, times 0, so that collectives match
         # DDP sums the ranks' gradients once, with the last micro-batch; FSDP2 each time, as it keeps only its shard.
-        model.require_backward_grad_sync = k == len(rounds) - 1
+        reward_model.require_backward_grad_sync = k == len(rounds) - 1
         batch = collate_responses([pairs[i] for i in picked], args.shared_prompt, device)
-        micro_rewards = model(**batch).view(-1, 2)
-        losses = bradley_terry_loss(*micro_rewards.unbind(1), center=args.center)
+        micro_rewards = reward_model(**batch).view(-1, 2)
+        chosen, rejected = micro_rewards.unbind(1)
+        losses = bradley_terry_loss(chosen, rejected, args.center)
         loss = losses.sum() * (world / B)  # DDP and FSDP2 average over ranks: the sum over pairs / B remains
-        (loss if micro[rank] else 0.0 * loss).backward()
+        if not micro[rank]:
+            loss = 0.0 * loss
+        loss.backward()
         if micro[rank]:
             rewards[to_device(picked, device)] = micro_rewards.detach()
     dist.all_reduce(rewards)
-    grad_norm, applied = clip_and_step(model, optimizer, args.grad_clip, rewards.isfinite().all())
+    grad_norm, applied = clip_and_step(reward_model, optimizer, args.grad_clip, rewards.isfinite().all())
     return rewards, grad_norm, applied
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
 def main():
     args = parse_args()
-    rank, world, device = init_distributed(args.seed, args.timeout, args.threads)
-    out, model_dir = Path(args.out), find_model(args.model)
+    _, world, device = init_distributed(args.seed, args.timeout, args.threads)
+    out = Path(args.out)
+    model_dir = find_model(args.model)
 
     # A new run, or one to go on with
     header = on_rank_0(lambda: run_header("train_rm", args, world, device, dict(model=model_dir)))
@@ -213,10 +235,9 @@ def main():
 
     # Data
     begin_dir = resumed or model_dir
-    tokenizer, config = load_tokenizer(model_dir), read_config(begin_dir)
-    if args.max_length > config.max_position_embeddings:
-        print_rank0(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings}"
-                    " positions")
+    config = read_config(begin_dir)
+    check_length(config, model_dir, args.max_length)
+    tokenizer = load_tokenizer(model_dir)
     limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length)
     pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
     eval_path = out / "data_eval.safetensors"
@@ -226,22 +247,21 @@ def main():
     header |= dict(pairs=len(pairs), steps=total)
 
     # Reward model and optimizer
-    how = (device, args.precision, args.shard, args.compile, args.checkpoint_activations)
-    reward_model = build_model(lambda: RewardModel(config), *how)
+    reward_model = build_model(lambda: RewardModel(config), device, args.precision, shard=args.shard,
+                               compile_layers=args.compile, checkpoint_activations=args.checkpoint_activations)
     print_rank0(load_reward_model(reward_model, begin_dir, args.seed))
     files = model_files(begin_dir, tokenizer, assistant_stop_id(tokenizer), pad_token_id=choose_pad(tokenizer),
-                        architectures=["LlamaForSequenceClassification"], id2label={"0": "reward"},
-                        label2id={"reward": 0})
+                        architectures=[architecture(config, HEAD)], id2label={"0": "reward"}, label2id={"reward": 0})
     del files["generation_config.json"]
     optimizer = torch.optim.AdamW(reward_model.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
     state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0)
     if resumed:
         state = load_trainer(resumed, reward_model, optimizer)
         print_rank0(f"resumed from {resumed}")
-    first = collate_responses([pairs[0]], args.shared_prompt, device)
-    model = reward_model
+    parallel_model = reward_model  # what a step calls: under DDP its wrapper, sharded or alone itself
     if world > 1 and not args.shard:
-        model = data_parallel(reward_model, lambda model: model(**first).sum())
+        batch = collate_responses([pairs[0]], args.shared_prompt, device)
+        parallel_model = data_parallel(reward_model, lambda model: model(**batch).sum())
     size = sum(p.numel() for p in reward_model.parameters()) / 1e6
     print_rank0(f"reward model: {size:.2f}M parameters, {len(pairs)} pairs, {total} steps of {args.batch_size},"
                 f" {world} x {header['device']}, {args.precision} -> {out}")
@@ -249,7 +269,8 @@ def main():
         print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
-        save_checkpoint(directory, reward_model, tokenizer, files, args.save_dtype, optimizer, state)
+        save_checkpoint(directory, model=reward_model, tokenizer=tokenizer, files=files, run=header["run"],
+                        optimizer=optimizer, state=state)
 
     log = StepLog(out / "metrics.jsonl", header, resumed, steps_done=state["step"], total=total,
                   log_every=args.log_every, track=args.track)
@@ -263,22 +284,21 @@ def main():
         lr = learning_rate(step, total, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rewards, grad_norm, applied = reward_step(model, optimizer, batch, args, rank, world, device)
+        rewards, grad_norm, applied = reward_step(parallel_model, optimizer, batch, args)
 
         # Log
         step_s = time.perf_counter() - step_began
-        n_tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch)  # as TRL counts
+        n_tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in batch)  # as TRL counts
         count_step(state, applied=applied, n_tokens=n_tokens)
         metrics = reward_metrics(rewards, args.center)
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
         if eval_pairs and is_due(step, args.eval_every, total):
-            eval_rewards = all_rewards(reward_model, eval_pairs, args, rank, world, device, "evaluation")
+            eval_rewards = all_rewards(reward_model, eval_pairs, args, "evaluation")
             table = dict(step=step) | calibration(eval_rewards)
             metrics |= {f"eval_{name}": value for name, value in reward_metrics(eval_rewards, args.center).items()}
             metrics["eval_ece"] = table["ece"]
-            text = json.dumps(table, indent=2)
-            on_rank_0(lambda: write_atomically(out / "calibration.json", lambda aside: aside.write_text(text)))
+            on_rank_0(lambda: write_text(out / "calibration.json", to_json(table, indent=2)))
         log.write(step, metrics, reward_line(step, total, metrics), applied)
 
         # Save, stop
@@ -288,7 +308,8 @@ def main():
             return code
 
     log.close()
-    save_checkpoint(out / "final", reward_model, tokenizer, files, args.save_dtype)
+    save_checkpoint(out / "final", model=reward_model, tokenizer=tokenizer, files=files, run=header["run"],
+                    save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; reward model in {out}/final")
     if (out / "calibration.json").exists():
         print_rank0(reliability(read_json(out / "calibration.json")))
@@ -359,8 +380,9 @@ def pair_rows(pairs, shared_prompt):
     response) of chosen and rejected of each pair in turn.
 
     Shared: one row [prompt | chosen | rejected] a pair; the positions of both responses continue the prompt's. Plain:
-    two rows [prompt | response]. Segments say who may see whom: 0 the prompt, 1 and 2 the responses."""
-    rows, places = [], []
+    two rows [prompt | response]. Segments are what attention_mask reads: 0 the prompt, 1 and 2 the responses."""
+    rows = []
+    places = []
     for pair in pairs:
         P = len(pair.prompt)
         for segment, response in ((1, pair.chosen), (2, pair.rejected)):
@@ -376,25 +398,33 @@ def pair_rows(pairs, shared_prompt):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
-PLAIN_PROMPT = 256  # columns, see batch_tensors
+PLAIN_PROMPT = 256  # columns of prompt from which on an attention of its own, without a mask, is faster
 
 
 def to_device(values, device):
     """A list of numbers or a tensor, there. To a GPU from pinned memory: the host need not wait until it is idle."""
     tensor = torch.as_tensor(values)
-    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def batch_tensors(rows, predict, device, **lists):
-    """Pad rows of (ids, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,).
-    `prompt`: as many of the first columns are prompt (segment 0) in every row; 0 if few: one attention is as fast."""
+    """Rows of (ids, positions, segments) -> {name: tensor on the device}: ids and positions (B, T), padded with 0;
+    segments (B, T - P), padded with -1, of all but the first P columns, which are prompt (segment 0) in every row;
+    `predict`, (row, column) of N places, as indices (N,) of the flattened (B, T); `lists` as they are."""
     T = max(len(ids) for ids, _, _ in rows)
-    for k, (name, value) in enumerate([("ids", 0), ("positions", 0), ("segments", -1)]):
-        lists[name] = [row[k] + [value] * (T - len(row[k])) for row in rows]
+    P = min(segments.count(0) for _, _, segments in rows)
+    if P < PLAIN_PROMPT:
+        P = 0
+    lists |= dict(ids=[], positions=[], segments=[])
+    for ids, positions, segments in rows:
+        n_pad = T - len(ids)
+        lists["ids"].append(ids + [0] * n_pad)
+        lists["positions"].append(positions + [0] * n_pad)
+        lists["segments"].append(segments[P:] + [-1] * n_pad)
     lists["predict"] = [b * T + t for b, t in predict]
-    prompt = min(segments.count(0) for _, _, segments in rows)
-    tensors = {name: to_device(values, device) for name, values in lists.items()}
-    return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
+    return {name: to_device(values, device) for name, values in lists.items()}
 
 
 def split_into_micro_batches(lengths, micro_batch_size, world):
@@ -405,7 +435,7 @@ def split_into_micro_batches(lengths, micro_batch_size, world):
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n_groups = world * math.ceil(len(order) / (micro_batch_size * world))
     bounds = [len(order) * g // n_groups for g in range(n_groups + 1)]
-    groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    groups = [order[start:end] for start, end in zip(bounds, bounds[1:])]
     return [groups[k : k + world] for k in range(0, n_groups, world)]
 # --- end shared: batches ---
 
@@ -420,9 +450,13 @@ def epoch_order(n, seed, epoch):
 
 
 def learning_rate(step, total, warmup_steps, peak):
-    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it at `total`; step counts from 1. A warm-up
-    that would not end within the run is a tenth of it."""
-    warmup_steps = warmup_steps if warmup_steps < total else total // 10
+    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it (as in the paper's released code) at
+    `total`; step counts from 1. A warm-up that would not end within the run is a tenth of it; a run of one step takes
+    the peak."""
+    if warmup_steps >= total:
+        warmup_steps = total // 10
+    if total == 1:
+        return peak
     if step <= warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total - warmup_steps)
@@ -443,62 +477,106 @@ def clip_and_step(model, optimizer, grad_clip, finite):
     """Clip the global gradient norm and apply the update, on all ranks or on none: where a loss or gradient is not
     finite the weights stay as they were. -> the norm before clipping, whether the update was applied."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     applied = bool(finite & norm.isfinite())
     if applied:
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's are views of its buckets
     return norm.item(), applied
 # --- end shared: step ---
 
 
 # --- shared: llama (train_sft, train_rm, train_pref, evaluate) ---
 def read_config(directory):
-    """config.json of either dialect -> transformers' LlamaConfig, which checks types and fills in defaults. Raises
-    UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
+    """config.json of either dialect -> transformers' LlamaConfig or its like, which checks types and fills in defaults.
+    Raises UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
     from transformers import AutoConfig
 
-    path, raw = directory / "config.json", read_json(directory / "config.json")
+    path = directory / "config.json"
+    raw = read_json(path)
     try:
         c = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads  # Qwen2's config has none
     except Exception as error:  # `transformers` raises KeyError, OSError, ValueError and classes of its own
         raise UserError(f"{path}: {error}") from None
     rope = getattr(c, "rope_parameters", None) or {}
-    for key, value, known in (("model_type", c.model_type, ["llama"]), ("hidden_act", c.hidden_act, ["silu"]),
-                              ("rope_type", rope.get("rope_type"), ["default", "llama3"]),
-                              ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0]),
-                              ("quantization_config", getattr(c, "quantization_config", None), [None])):
+
+    def must_be(key, value, known):
         if value not in known:
             raise UserError(f"{path}: {key} is {value!r:.100}; known: {', '.join(map(repr, known))}")
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    scaling = scaling if rope["rope_type"] == "llama3" else []
+
+    must_be("model_type", c.model_type, ["llama", "mistral", "qwen2", "qwen3"])
+    must_be("hidden_act", c.hidden_act, ["silu"])
+    must_be("rope_type", rope.get("rope_type"), ["default", "llama3"])
+    must_be("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0])
+    must_be("quantization_config", getattr(c, "quantization_config", None), [None])
+
+    # A default of these may fit the tensors' shapes and compute something else.
     given = raw | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-    for key in (*sizes, *scaling, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
-        value = rope[key] if key in rope else getattr(c, key, None)
-        if key in (*sizes, *scaling) and key not in given:
+    no_default = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    if rope["rope_type"] == "llama3":
+        no_default += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for key in no_default:
+        if key not in given:
             raise UserError(f"{path}: {key} is missing")
-        if type(value) not in (int, float) or not 0 < value < 1e12:
-            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
+    for key in (*no_default, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
+        value = rope[key] if key in rope else getattr(c, key, None)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
                         f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
     return c
 
 
+def architecture(c, head):
+    """The name that transformers gives this model with this head: LlamaForCausalLM, Qwen2ForSequenceClassification."""
+    return c.model_type.capitalize() + head
+
+
+def check_length(c, directory, length):
+    """Sequences of `length` tokens must be seen whole: UserError for a sliding window that is shorter. A warning where
+    the model has fewer positions."""
+    window = getattr(c, "sliding_window", None)
+    if window and window < length:
+        raise UserError(f"{directory / 'config.json'}: sliding_window is {window}, and sequences have up to {length}"
+                        " tokens: shorter ones (--max_length), or a model whose attention sees them whole")
+    if length > c.max_position_embeddings:
+        print_rank0(f"warning: up to {length} tokens, but {directory} has {c.max_position_embeddings} positions")
+
+
 def rope_frequencies(config):
     """Radians per position of each pair of dimensions (head_dim/2,), float32. llama3 (Llama 3.1) divides the low
     frequencies by `factor`, keeps the high ones, and goes linearly from one to the other between."""
-    rope, dim = config.rope_parameters, config.head_dim
+    rope = config.rope_parameters
+    dim = config.head_dim
     freqs = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     if rope["rope_type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)  # over the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
     return freqs
+
+
+def attention_mask(query, key, dtype):
+    """What each of the last Q of T columns may see, from the segments of the queries (B, Q) and of all columns (B, T)
+    -> (B, 1, Q, T), 0 or -inf, to be added to the scores. A query sees a key that is not later and is in its own
+    segment or in the prompt (0); padding (-1) sees padding."""
+    B, Q = query.shape
+    T = key.shape[1]
+    query = query[:, None, :, None]
+    key = key[:, None, None, :]
+    seen = ((query == key) | ((key == 0) & (query > 0))).tril(T - Q)
+    # Of booleans each layer would make its own numbers, and of rows that are no multiple of 16 long a GPU's kernels
+    # a copy.
+    padded_T = -(-T // 16) * 16
+    mask = torch.zeros(B, 1, Q, padded_T, dtype=dtype, device=seen.device)[..., :T]
+    return mask.masked_fill_(~seen, -math.inf)
 
 
 def rotate(x, cos, sin):
@@ -522,36 +600,54 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: each of the K key-value heads serves H/K query heads."""
+
     def __init__(self, c):
         super().__init__()
-        self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
-        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.H = c.num_attention_heads
+        self.K = c.num_key_value_heads
+        self.head_dim = c.head_dim
+        bias = getattr(c, "attention_bias", False)
+        qkv_bias = bias or c.model_type == "qwen2"  # its config does not say so
+        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=qkv_bias)
+        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=bias)
+        self.normed = c.model_type == "qwen3"  # each head's queries and keys, before they turn
+        if self.normed:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def project(self, x, cos, sin):
         """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
+        q = self.q_proj(x).unflatten(2, (self.H, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        if self.normed:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x, cos, sin, mask, prompt=0):
+    def forward(self, x, cos, sin, mask):
+        """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
-        out = F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask)  # (B, H, T - prompt, head_dim)
-        if prompt:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
-            q, k, v = (t[:, :, :prompt] for t in (q, k, v))
-            out = torch.cat((F.scaled_dot_product_attention(q, k, v, is_causal=True), out), dim=2)
+        k = k.repeat_interleave(self.H // self.K, dim=1)
+        v = v.repeat_interleave(self.H // self.K, dim=1)
+        P = x.shape[1] - mask.shape[2]
+        out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
+        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+            of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
+            out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        bias = getattr(c, "mlp_bias", False)
+        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -560,18 +656,19 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, prompt=0):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, prompt)
+    def forward(self, x, cos, sin, mask):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. The
-    first `prompt` columns are prompt in all rows."""
+    """The body: ids, positions (B, T), segments (B, T - P) -> hidden states (B, T, D). The first P columns are prompt
+    (segment 0) in every row. Module names are the checkpoint's."""
 
     def __init__(self, c):
         super().__init__()
@@ -579,7 +676,8 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.frequencies = rope_frequencies(c)
-        self.dtype, self.checkpoint_activations = torch.float32, False
+        self.dtype = torch.float32  # of the products; build_model sets it
+        self.checkpoint_activations = False
 
     def angles(self, positions):
         """-> cos, sin (B, 1, T, head_dim/2) of the rotary embedding."""
@@ -587,20 +685,16 @@ class LlamaModel(nn.Module):
         angles = positions[:, None, :, None] * self.frequencies
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
-    def forward(self, ids, positions, segments, prompt=0):
-        x, (cos, sin) = self.embed_tokens(ids).to(self.dtype), self.angles(positions)
-        # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding sees padding.
-        query, key = segments[:, None, prompt:, None], segments[:, None, None, :]
-        seen = ((query == key) | ((key == 0) & (query > 0))).tril(prompt)
-        # Added to the scores, (B, 1, T - prompt, T); of booleans each layer would make its own, and of rows that are no
-        # multiple of 16 long a GPU's kernels a copy.
-        T = segments.shape[1]
-        mask = x.new_zeros(len(ids), 1, T - prompt, -(-T // 16) * 16)[..., :T].masked_fill_(~seen, -math.inf)
+    def forward(self, ids, positions, segments):
+        x = self.embed_tokens(ids).to(self.dtype)
+        cos, sin = self.angles(positions)
+        P = ids.shape[1] - segments.shape[1]
+        mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, prompt, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, prompt)
+                x = layer(x, cos, sin, mask)
         return self.norm(x)
 
 
@@ -610,7 +704,8 @@ def build_model(make, device, precision, shard=False, compile_layers=False, chec
     with torch.device("meta"):
         model = make()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-    model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
+    model.model.dtype = dtype
+    model.model.checkpoint_activations = checkpoint_activations
     if compile_layers:
         print_rank0("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
@@ -634,9 +729,9 @@ class RewardModel(nn.Module):
         self.model = LlamaModel(c)
         self.score = CastLinear(c.hidden_size, 1, bias=False)
 
-    def forward(self, ids, positions, segments, predict, prompt=0):
+    def forward(self, ids, positions, segments, predict):
         """-> rewards (S, 1), float32. predict (S,) indexes the flattened (B, T): each response's last token."""
-        hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
+        hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
         return self.score(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 # --- end shared: reward ---
 

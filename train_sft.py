@@ -60,7 +60,8 @@ def split_example(row, tokenizer):
 
 def pack(lengths, capacity):
     """First-fit decreasing: examples of `lengths` tokens -> rows (lists of examples) of at most `capacity` tokens."""
-    rows, room = [], []
+    rows = []
+    room = []  # tokens left in each row
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         row = next((r for r, left in enumerate(room) if left >= lengths[i]), len(rows))
         if row == len(rows):
@@ -74,11 +75,18 @@ def pack(lengths, capacity):
 def collate_examples(packed_rows, device):
     """Rows of examples -> the arguments of Llama.forward; sequence s is the s-th example. An example's segment is its
     number in the row, from 1, so that it sees itself alone, and its positions start at 0."""
-    rows, predict, targets, cu_seqlens = [], [], [], [0]
+    rows = []
+    predict = []  # (row, column) of the token before each target
+    targets = []
+    cu_seqlens = [0]
     for b, examples in enumerate(packed_rows):
-        tokens, positions, segments = [], [], []
+        tokens = []
+        positions = []
+        segments = []
         for number, example in enumerate(examples, 1):
-            start, ids, first = len(tokens), example.prompt + example.completion, max(1, len(example.prompt))
+            start = len(tokens)
+            ids = example.prompt + example.completion
+            first = max(1, len(example.prompt))  # nothing predicts the first token of plain text
             tokens += ids
             positions += range(len(ids))
             segments += [number] * len(ids)
@@ -89,9 +97,12 @@ def collate_examples(packed_rows, device):
     return batch_tensors(rows, predict, device, targets=targets, cu_seqlens=cu_seqlens)
 
 
-def step_loss(model, examples, args, rank, world, device, train):
+def step_loss(policy, examples, args, train):
     """Mean negative log-prob a token over all examples (the same list on all ranks), in nats; with `train` its gradient
     is left in the parameters. One all-reduce: every rank returns the same number."""
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    device = next(policy.parameters()).device
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
     n_tokens = sum(lengths) - sum(max(1, len(prompt)) for prompt, _ in examples)
     rows = pack(lengths, args.max_length)
@@ -100,10 +111,13 @@ def step_loss(model, examples, args, rank, world, device, train):
     for k, micro in enumerate(rounds):
         picked = micro[rank] or [0]  # an idle rank computes row 0, times 0, so that collectives match
         # DDP sums the ranks' gradients once, with the last micro-batch; FSDP2 each time, as it keeps only its shard.
-        model.require_backward_grad_sync = k == len(rounds) - 1
+        policy.require_backward_grad_sync = k == len(rounds) - 1
+        batch = collate_examples([[examples[i] for i in rows[r]] for r in picked], device)
         with torch.set_grad_enabled(train):
-            logps, _ = model(**collate_examples([[examples[i] for i in rows[r]] for r in picked], device))
-            nll = -logps.sum() if micro[rank] else 0.0 * logps.sum()
+            logps, _ = policy(**batch)
+            nll = -logps.sum()
+            if not micro[rank]:
+                nll = 0.0 * nll
             if train:
                 (nll * (world / n_tokens)).backward()  # DDP and FSDP2 average over ranks: the sum / n_tokens remains
         total += nll.detach()
@@ -128,8 +142,9 @@ def init_weights(model, std, seed):
 
 # ----------------------------------------------------------------------------------------------------------- the flags
 HERE = Path(__file__).resolve().parent
+# Appendix C of the paper; the 512 prompt tokens are its released code's.
 PAPER = dict(model="meta-llama/Llama-3.2-3B", epochs=1, max_length=640, max_prompt_length=512, batch_size=64,
-             micro_batch_size=4, lr=1e-6, warmup_steps=100, save_every=500, eval_every=500, keep_state=1)  # Appendix C
+             micro_batch_size=4, lr=1e-6, warmup_steps=100, save_every=500, eval_every=500, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/base/config.json", data=f"{HERE}/toy/sft.jsonl.gz",
                 eval_data=f"{HERE}/toy/sft_eval.jsonl.gz", epochs=4, max_length=128, max_prompt_length=96,
@@ -160,8 +175,9 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------------------- the run
 def main():
     args = parse_args()
-    rank, world, device = init_distributed(args.seed, args.timeout, args.threads)
-    out, model_dir = Path(args.out), find_model(args.model)
+    _, world, device = init_distributed(args.seed, args.timeout, args.threads)
+    out = Path(args.out)
+    model_dir = find_model(args.model)
 
     # A new run, or one to go on with
     header = on_rank_0(lambda: run_header("train_sft", args, world, device, dict(model=model_dir)))
@@ -173,10 +189,9 @@ def main():
 
     # Data
     begin_dir = resumed or model_dir
-    tokenizer, config = load_tokenizer(model_dir), read_config(begin_dir)
-    if args.max_length > config.max_position_embeddings:
-        print_rank0(f"warning: --max_length {args.max_length}, but {model_dir} has {config.max_position_embeddings}"
-                    " positions")
+    config = read_config(begin_dir)
+    check_length(config, model_dir, args.max_length)
+    tokenizer = load_tokenizer(model_dir)
     limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length)
     examples = load_rows(out / "data.safetensors", header, Example, split_example, args.data, False, RECIPES, *limits)
     eval_path = out / "data_eval.safetensors"
@@ -186,22 +201,23 @@ def main():
     header |= dict(examples=len(examples), steps=total)
 
     # Policy and optimizer
-    how = (device, args.precision, args.shard, args.compile, args.checkpoint_activations)
-    policy = build_model(lambda: Llama(config, args.kernel), *how)
+    policy = build_model(lambda: Llama(config, args.kernel), device, args.precision, shard=args.shard,
+                         compile_layers=args.compile, checkpoint_activations=args.checkpoint_activations)
     if args.model.endswith("config.json") and not resumed:
         init_weights(policy, config.initializer_range, args.seed)
     else:
         load_weights(policy, begin_dir)
-    files = model_files(begin_dir, tokenizer, assistant_stop_id(tokenizer))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)  # Appendix C
+    files = model_files(begin_dir, tokenizer, assistant_stop_id(tokenizer),
+                        architectures=[architecture(config, "ForCausalLM")])
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
     state = dict(step=0, updates=0, num_tokens=0, skipped=0, skipped_in_a_row=0)
     if resumed:
         state = load_trainer(resumed, policy, optimizer)
         print_rank0(f"resumed from {resumed}")
-    first = collate_examples([[examples[0]]], device)
-    model = policy
+    parallel_policy = policy  # what a step calls: under DDP its wrapper, sharded or alone itself
     if world > 1 and not args.shard:
-        model = data_parallel(policy, lambda model: model(**first)[0].sum())
+        batch = collate_examples([[examples[0]]], device)
+        parallel_policy = data_parallel(policy, lambda model: model(**batch)[0].sum())
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     print_rank0(f"sft: {size:.2f}M parameters, {len(examples)} examples, {total} steps of {args.batch_size}, {world} x"
                 f" {header['device']}, {args.precision} -> {out}")
@@ -209,7 +225,8 @@ def main():
         print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
 
     def save(directory):
-        save_checkpoint(directory, policy, tokenizer, files, args.save_dtype, optimizer, state)
+        save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                        optimizer=optimizer, state=state)
 
     log = StepLog(out / "metrics.jsonl", header, resumed, steps_done=state["step"], total=total,
                   log_every=args.log_every, track=args.track)
@@ -223,8 +240,8 @@ def main():
         lr = learning_rate(step, total, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = step_loss(model, batch, args, rank, world, device, train=True)
-        grad_norm, applied = clip_and_step(model, optimizer, args.grad_clip, loss.isfinite())
+        loss = step_loss(parallel_policy, batch, args, train=True)
+        grad_norm, applied = clip_and_step(parallel_policy, optimizer, args.grad_clip, loss.isfinite())
 
         # Log
         step_s = time.perf_counter() - step_began
@@ -234,7 +251,7 @@ def main():
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
         if eval_examples and is_due(step, args.eval_every, total):
-            metrics["eval_loss"] = step_loss(policy, eval_examples, args, rank, world, device, train=False).item()
+            metrics["eval_loss"] = step_loss(policy, eval_examples, args, train=False).item()
         line = (f"step {step}/{total} | loss {metrics['loss']:.4f} | norm {grad_norm:.3f} | lr {lr:.2e}"
                 f" | {1e3 * step_s:.0f} ms | {metrics['tokens_per_s']:.0f} tok/s")
         if "eval_loss" in metrics:
@@ -248,7 +265,8 @@ def main():
             return code
 
     log.close()
-    save_checkpoint(out / "final", policy, tokenizer, files, args.save_dtype)
+    save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
+                    save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
     return 0
 
@@ -282,25 +300,33 @@ def split_demonstration(row):
 
 
 # --- shared: batches (train_sft, train_rm, train_pref, evaluate) ---
-PLAIN_PROMPT = 256  # columns, see batch_tensors
+PLAIN_PROMPT = 256  # columns of prompt from which on an attention of its own, without a mask, is faster
 
 
 def to_device(values, device):
     """A list of numbers or a tensor, there. To a GPU from pinned memory: the host need not wait until it is idle."""
     tensor = torch.as_tensor(values)
-    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def batch_tensors(rows, predict, device, **lists):
-    """Pad rows of (ids, positions, segments) to (B, T), segment -1; flatten the (row, column) that predict to (N,).
-    `prompt`: as many of the first columns are prompt (segment 0) in every row; 0 if few: one attention is as fast."""
+    """Rows of (ids, positions, segments) -> {name: tensor on the device}: ids and positions (B, T), padded with 0;
+    segments (B, T - P), padded with -1, of all but the first P columns, which are prompt (segment 0) in every row;
+    `predict`, (row, column) of N places, as indices (N,) of the flattened (B, T); `lists` as they are."""
     T = max(len(ids) for ids, _, _ in rows)
-    for k, (name, value) in enumerate([("ids", 0), ("positions", 0), ("segments", -1)]):
-        lists[name] = [row[k] + [value] * (T - len(row[k])) for row in rows]
+    P = min(segments.count(0) for _, _, segments in rows)
+    if P < PLAIN_PROMPT:
+        P = 0
+    lists |= dict(ids=[], positions=[], segments=[])
+    for ids, positions, segments in rows:
+        n_pad = T - len(ids)
+        lists["ids"].append(ids + [0] * n_pad)
+        lists["positions"].append(positions + [0] * n_pad)
+        lists["segments"].append(segments[P:] + [-1] * n_pad)
     lists["predict"] = [b * T + t for b, t in predict]
-    prompt = min(segments.count(0) for _, _, segments in rows)
-    tensors = {name: to_device(values, device) for name, values in lists.items()}
-    return tensors | dict(prompt=prompt if prompt >= PLAIN_PROMPT else 0)
+    return {name: to_device(values, device) for name, values in lists.items()}
 
 
 def split_into_micro_batches(lengths, micro_batch_size, world):
@@ -311,7 +337,7 @@ def split_into_micro_batches(lengths, micro_batch_size, world):
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n_groups = world * math.ceil(len(order) / (micro_batch_size * world))
     bounds = [len(order) * g // n_groups for g in range(n_groups + 1)]
-    groups = [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    groups = [order[start:end] for start, end in zip(bounds, bounds[1:])]
     return [groups[k : k + world] for k in range(0, n_groups, world)]
 # --- end shared: batches ---
 
@@ -326,9 +352,13 @@ def epoch_order(n, seed, epoch):
 
 
 def learning_rate(step, total, warmup_steps, peak):
-    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it at `total`; step counts from 1. A warm-up
-    that would not end within the run is a tenth of it."""
-    warmup_steps = warmup_steps if warmup_steps < total else total // 10
+    """Linear warm-up to `peak` over warmup_steps, then a cosine to 10% of it (as in the paper's released code) at
+    `total`; step counts from 1. A warm-up that would not end within the run is a tenth of it; a run of one step takes
+    the peak."""
+    if warmup_steps >= total:
+        warmup_steps = total // 10
+    if total == 1:
+        return peak
     if step <= warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total - warmup_steps)
@@ -349,62 +379,106 @@ def clip_and_step(model, optimizer, grad_clip, finite):
     """Clip the global gradient norm and apply the update, on all ranks or on none: where a loss or gradient is not
     finite the weights stay as they were. -> the norm before clipping, whether the update was applied."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     applied = bool(finite & norm.isfinite())
     if applied:
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))  # DDP's are views of its buckets
     return norm.item(), applied
 # --- end shared: step ---
 
 
 # --- shared: llama (train_sft, train_rm, train_pref, evaluate) ---
 def read_config(directory):
-    """config.json of either dialect -> transformers' LlamaConfig, which checks types and fills in defaults. Raises
-    UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
+    """config.json of either dialect -> transformers' LlamaConfig or its like, which checks types and fills in defaults.
+    Raises UserError, naming it, for whatever the forward below does not compute and what no default can stand for."""
     from transformers import AutoConfig
 
-    path, raw = directory / "config.json", read_json(directory / "config.json")
+    path = directory / "config.json"
+    raw = read_json(path)
     try:
         c = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads  # Qwen2's config has none
     except Exception as error:  # `transformers` raises KeyError, OSError, ValueError and classes of its own
         raise UserError(f"{path}: {error}") from None
     rope = getattr(c, "rope_parameters", None) or {}
-    for key, value, known in (("model_type", c.model_type, ["llama"]), ("hidden_act", c.hidden_act, ["silu"]),
-                              ("rope_type", rope.get("rope_type"), ["default", "llama3"]),
-                              ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0]),
-                              ("quantization_config", getattr(c, "quantization_config", None), [None])):
+
+    def must_be(key, value, known):
         if value not in known:
             raise UserError(f"{path}: {key} is {value!r:.100}; known: {', '.join(map(repr, known))}")
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    scaling = scaling if rope["rope_type"] == "llama3" else []
+
+    must_be("model_type", c.model_type, ["llama", "mistral", "qwen2", "qwen3"])
+    must_be("hidden_act", c.hidden_act, ["silu"])
+    must_be("rope_type", rope.get("rope_type"), ["default", "llama3"])
+    must_be("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0])
+    must_be("quantization_config", getattr(c, "quantization_config", None), [None])
+
+    # A default of these may fit the tensors' shapes and compute something else.
     given = raw | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-    for key in (*sizes, *scaling, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
-        value = rope[key] if key in rope else getattr(c, key, None)
-        if key in (*sizes, *scaling) and key not in given:
+    no_default = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    if rope["rope_type"] == "llama3":
+        no_default += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for key in no_default:
+        if key not in given:
             raise UserError(f"{path}: {key} is missing")
-        if type(value) not in (int, float) or not 0 < value < 1e12:
-            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
+    for key in (*no_default, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
+        value = rope[key] if key in rope else getattr(c, key, None)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"
                         f" {c.head_dim}: key-value heads must divide the heads, and head_dim must be even")
     return c
 
 
+def architecture(c, head):
+    """The name that transformers gives this model with this head: LlamaForCausalLM, Qwen2ForSequenceClassification."""
+    return c.model_type.capitalize() + head
+
+
+def check_length(c, directory, length):
+    """Sequences of `length` tokens must be seen whole: UserError for a sliding window that is shorter. A warning where
+    the model has fewer positions."""
+    window = getattr(c, "sliding_window", None)
+    if window and window < length:
+        raise UserError(f"{directory / 'config.json'}: sliding_window is {window}, and sequences have up to {length}"
+                        " tokens: shorter ones (--max_length), or a model whose attention sees them whole")
+    if length > c.max_position_embeddings:
+        print_rank0(f"warning: up to {length} tokens, but {directory} has {c.max_position_embeddings} positions")
+
+
 def rope_frequencies(config):
     """Radians per position of each pair of dimensions (head_dim/2,), float32. llama3 (Llama 3.1) divides the low
     frequencies by `factor`, keeps the high ones, and goes linearly from one to the other between."""
-    rope, dim = config.rope_parameters, config.head_dim
+    rope = config.rope_parameters
+    dim = config.head_dim
     freqs = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     if rope["rope_type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * freqs / (2 * math.pi)  # over the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
     return freqs
+
+
+def attention_mask(query, key, dtype):
+    """What each of the last Q of T columns may see, from the segments of the queries (B, Q) and of all columns (B, T)
+    -> (B, 1, Q, T), 0 or -inf, to be added to the scores. A query sees a key that is not later and is in its own
+    segment or in the prompt (0); padding (-1) sees padding."""
+    B, Q = query.shape
+    T = key.shape[1]
+    query = query[:, None, :, None]
+    key = key[:, None, None, :]
+    seen = ((query == key) | ((key == 0) & (query > 0))).tril(T - Q)
+    # Of booleans each layer would make its own numbers, and of rows that are no multiple of 16 long a GPU's kernels
+    # a copy.
+    padded_T = -(-T // 16) * 16
+    mask = torch.zeros(B, 1, Q, padded_T, dtype=dtype, device=seen.device)[..., :T]
+    return mask.masked_fill_(~seen, -math.inf)
 
 
 def rotate(x, cos, sin):
@@ -428,36 +502,54 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: each of the K key-value heads serves H/K query heads."""
+
     def __init__(self, c):
         super().__init__()
-        self.H, self.K, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=c.attention_bias)
-        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=c.attention_bias)
-        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.H = c.num_attention_heads
+        self.K = c.num_key_value_heads
+        self.head_dim = c.head_dim
+        bias = getattr(c, "attention_bias", False)
+        qkv_bias = bias or c.model_type == "qwen2"  # its config does not say so
+        self.q_proj = CastLinear(c.hidden_size, self.H * c.head_dim, bias=qkv_bias)
+        self.k_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.v_proj = CastLinear(c.hidden_size, self.K * c.head_dim, bias=qkv_bias)
+        self.o_proj = CastLinear(self.H * c.head_dim, c.hidden_size, bias=bias)
+        self.normed = c.model_type == "qwen3"  # each head's queries and keys, before they turn
+        if self.normed:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def project(self, x, cos, sin):
         """-> queries (B, H, T, head_dim), keys and values (B, K, T, head_dim)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
+        q = self.q_proj(x).unflatten(2, (self.H, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(2, (self.K, self.head_dim)).transpose(1, 2)
+        if self.normed:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x, cos, sin, mask, prompt=0):
+    def forward(self, x, cos, sin, mask):
+        """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))  # each kv head serves H/K query heads
-        out = F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask)  # (B, H, T - prompt, head_dim)
-        if prompt:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
-            q, k, v = (t[:, :, :prompt] for t in (q, k, v))
-            out = torch.cat((F.scaled_dot_product_attention(q, k, v, is_causal=True), out), dim=2)
+        k = k.repeat_interleave(self.H // self.K, dim=1)
+        v = v.repeat_interleave(self.H // self.K, dim=1)
+        P = x.shape[1] - mask.shape[2]
+        out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
+        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+            of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
+            out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        bias = getattr(c, "mlp_bias", False)
+        self.gate_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.up_proj = CastLinear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.down_proj = CastLinear(c.intermediate_size, c.hidden_size, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -466,18 +558,19 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, prompt=0):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, prompt)
+    def forward(self, x, cos, sin, mask):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """The body: ids, positions, segments (B, T) -> hidden states (B, T, D). Module names are the checkpoint's. The
-    first `prompt` columns are prompt in all rows."""
+    """The body: ids, positions (B, T), segments (B, T - P) -> hidden states (B, T, D). The first P columns are prompt
+    (segment 0) in every row. Module names are the checkpoint's."""
 
     def __init__(self, c):
         super().__init__()
@@ -485,7 +578,8 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.frequencies = rope_frequencies(c)
-        self.dtype, self.checkpoint_activations = torch.float32, False
+        self.dtype = torch.float32  # of the products; build_model sets it
+        self.checkpoint_activations = False
 
     def angles(self, positions):
         """-> cos, sin (B, 1, T, head_dim/2) of the rotary embedding."""
@@ -493,20 +587,16 @@ class LlamaModel(nn.Module):
         angles = positions[:, None, :, None] * self.frequencies
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
-    def forward(self, ids, positions, segments, prompt=0):
-        x, (cos, sin) = self.embed_tokens(ids).to(self.dtype), self.angles(positions)
-        # A query sees a key that is not later and is in its own segment or in the prompt (0). Padding sees padding.
-        query, key = segments[:, None, prompt:, None], segments[:, None, None, :]
-        seen = ((query == key) | ((key == 0) & (query > 0))).tril(prompt)
-        # Added to the scores, (B, 1, T - prompt, T); of booleans each layer would make its own, and of rows that are no
-        # multiple of 16 long a GPU's kernels a copy.
-        T = segments.shape[1]
-        mask = x.new_zeros(len(ids), 1, T - prompt, -(-T // 16) * 16)[..., :T].masked_fill_(~seen, -math.inf)
+    def forward(self, ids, positions, segments):
+        x = self.embed_tokens(ids).to(self.dtype)
+        cos, sin = self.angles(positions)
+        P = ids.shape[1] - segments.shape[1]
+        mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, prompt, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, prompt)
+                x = layer(x, cos, sin, mask)
         return self.norm(x)
 
 
@@ -516,7 +606,8 @@ def build_model(make, device, precision, shard=False, compile_layers=False, chec
     with torch.device("meta"):
         model = make()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-    model.model.dtype, model.model.checkpoint_activations = dtype, checkpoint_activations
+    model.model.dtype = dtype
+    model.model.checkpoint_activations = checkpoint_activations
     if compile_layers:
         print_rank0("compiling the layers with the first steps: minutes")
         for layer in model.model.layers:
@@ -542,10 +633,10 @@ class Llama(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else CastLinear(c.hidden_size, c.vocab_size, bias=False)
         self.kernel = kernel
 
-    def forward(self, ids, positions, segments, predict, targets, cu_seqlens, prompt=0):
+    def forward(self, ids, positions, segments, predict, targets, cu_seqlens):
         """-> logps (S,), the sums over each sequence's targets, and token_logps (N,): nats, float32. predict (N,)
         indexes the flattened (B, T) that predict targets (N,); sequence s is cu_seqlens[s] : cu_seqlens[s + 1]."""
-        hidden = self.model(ids, positions, segments, prompt).flatten(0, 1)[predict]
+        hidden = self.model(ids, positions, segments).flatten(0, 1)[predict]
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return linear_sequence_logps(hidden, head.weight, targets, cu_seqlens, kernel=self.kernel)
 # --- end shared: policy ---

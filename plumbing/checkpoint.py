@@ -1,4 +1,9 @@
-"""Model directories and checkpoints: find, fingerprint, verify, load, save, prune."""
+"""Model directories and checkpoints: find, fingerprint, verify, load, save, prune.
+
+A checkpoint of ours is a model directory that transformers loads, with a manifest.json: {file: its sha256}, and `run`,
+the hash of what its run is (plumbing/run.py). That mark makes it ours; whatever lacks it is somebody else's, and is
+neither verified nor deleted. trainer/ holds what only a resumed run needs: AdamW's moments and the counters.
+"""
 
 import hashlib
 import json
@@ -10,17 +15,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from plumbing.process import (UserError, file_sha256, on_rank_0, open_safetensors, print_rank0, read_json,
+from plumbing.process import (UserError, file_sha256, on_rank_0, open_safetensors, print_rank0, read_json, to_json,
                               write_atomically)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, a directory each in trainer/
 
 
 # -------------------------------------------------------------------------------------------------------------- to read
 def find_model(name):
     """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles."""
-    path = Path(name).parent if Path(name).name == "config.json" else Path(name)
+    path = Path(name)
+    if path.name == "config.json":
+        path = path.parent
     if path.is_dir():
         return path
     try:
@@ -30,11 +38,12 @@ def find_model(name):
 
 
 def file_sha256s(directory, *patterns):
-    """{name in the directory: sha256} but for the manifest; in threads, as hashing lets go of Python's lock."""
-    paths = sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
-    with ThreadPoolExecutor() as pool:
-        digests = zip(paths, pool.map(file_sha256, paths))
-        return {str(path.relative_to(directory)): digest for path, digest in digests if path.name != "manifest.json"}
+    """{name in the directory: sha256} of the files that match, but for the manifest."""
+    paths = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    paths = sorted(paths - {directory / "manifest.json"})
+    names = [str(path.relative_to(directory)) for path in paths]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        return dict(zip(names, pool.map(file_sha256, paths)))
 
 
 def model_fingerprint(directory):
@@ -44,20 +53,28 @@ def model_fingerprint(directory):
 
 
 def verify_checkpoint(directory, ours=False):
-    """Check a checkpoint of ours against its manifest; with neither that nor trainer/ it may be somebody else's.
-    UserError names the first of weights and trainer/ that is not what was written; an edited text is warned of."""
-    state = (directory / "trainer").exists()  # older checkpoints may have let go of it, see --keep_state
-    if not ours and not state and not (directory / "manifest.json").exists():
+    """Check a checkpoint against its manifest; what has neither that nor trainer/ is somebody else's, unless it must be
+    `ours`. UserError names the first file of weights or trainer/ that is not what was written; an edited text (a chat
+    template) is warned of."""
+    has_state = (directory / "trainer").exists()
+    if not ours and not has_state and not (directory / "manifest.json").exists():
         return
-    written, found = read_json(directory / "manifest.json"), file_sha256s(directory, "**/*")
+    written = read_json(directory / "manifest.json")
+    written.pop("run", None)
+    found = file_sha256s(directory, "**/*")
     for name in sorted(written.keys() | found.keys()):
-        expected = name in written and (state or not name.startswith("trainer/"))
-        strict = name.endswith(".safetensors") or name.startswith("trainer/")
-        if written.get(name) != found.get(name) and (expected or strict and name in found):
-            if strict or name not in found:
-                raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
-                                f" {directory} and go on from the checkpoint before")
-            print_rank0(f"warning: {directory / name} was edited; it is used as it is")
+        if written.get(name) == found.get(name):
+            continue
+        in_trainer = name.startswith("trainer/")
+        must_be_same = in_trainer or name.endswith(".safetensors")
+        if in_trainer and not has_state:
+            continue  # --keep_state has let go of all of it
+        if name not in written and not must_be_same:
+            continue  # a text that somebody put beside it
+        if name not in found or must_be_same:
+            raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
+                            f" {directory} and go on from the checkpoint before")
+        print_rank0(f"warning: {directory / name} was edited; it is used as it is")
 
 
 def shard_like(param, tensor):
@@ -70,13 +87,20 @@ def shard_like(param, tensor):
 
 def open_weights(directory):
     """-> {tensor name: the open file that holds it}, of model.safetensors or of the files that its index names."""
+    names = {"model.safetensors"}
     index = directory / "model.safetensors.index.json"
-    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
-    names = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
-    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-        raise UserError(f"{index}: no weight_map to safetensors files beside it")
-    files = [open_safetensors(directory / name) for name in sorted(names)]
-    return {tensor: file for file in files for tensor in file.keys()}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+        beside_it = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+        if not names or not beside_it:
+            raise UserError(f"{index}: no weight_map to safetensors files beside it")
+    holders = {}
+    for name in sorted(names):
+        file = open_safetensors(directory / name)
+        for tensor in file.keys():
+            holders[tensor] = file
+    return holders
 
 
 @torch.no_grad()
@@ -85,15 +109,18 @@ def load_weights(model, directory, new=(), drop=()):
     a missing, extra or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop`
     unread. Returns the model."""
     on_rank_0(lambda: verify_checkpoint(directory))
-    master = directory / "trainer" / "weights"  # float32, where the model itself was saved in bf16
-    files = open_weights(master if master.exists() else directory)
+    files = open_weights(directory)
     params = {name: param for name, param in model.named_parameters() if name not in new}
-    # Left out: rotary tables, which old exports hold and the config determines; the second copy of a tied head.
-    extra = {name for name in files.keys() - params.keys() - {*drop} if not name.endswith("rotary_emb.inv_freq")}
-    if extra == {"lm_head.weight"} and "model.embed_tokens.weight" in files:
-        head, embedding = (files[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        extra = set() if torch.equal(head, embedding) else extra
     missing = params.keys() - files.keys()
+    extra = files.keys() - params.keys() - {*drop}
+    # Rotary tables, which old exports hold, follow from the config.
+    extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
+    if "lm_head.weight" in extra and "model.embed_tokens.weight" in files:
+        # Some exports hold a tied head twice. A head that differs is no copy: config.json must be wrong about it.
+        head = files["lm_head.weight"].get_tensor("lm_head.weight")
+        embedding = files["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")
+        if torch.equal(head, embedding):
+            extra.remove("lm_head.weight")
     if missing or extra:
         raise UserError(f"{directory}: the weights do not fit config.json: missing {sorted(missing)[:4]}, extra"
                         f" {sorted(extra)[:4]} ({len(missing)} and {len(extra)} in all)")
@@ -110,54 +137,70 @@ def load_weights(model, directory, new=(), drop=()):
 def model_files(directory, tokenizer, stop, **changes):
     """What is saved beside the weights, {name: content}: config.json and generation_config.json, after the model's that
     training begins with. `stop`, what the template ends a turn with, and EOS must stop generation."""
-    config = read_json(directory / "config.json") | dict(architectures=["LlamaForCausalLM"]) | changes
-    config.pop("torch_dtype", None)
+    config = read_json(directory / "config.json") | changes
+    config.pop("torch_dtype", None)  # an older name of `dtype`, which save_checkpoint sets
     path = directory / "generation_config.json"
     generation = read_json(path) if path.exists() else dict(bos_token_id=tokenizer.bos_token_id)
     stops = generation.get("eos_token_id") or []
-    stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id, stop]
-    return {"config.json": config, "generation_config.json": generation | dict(eos_token_id=[*dict.fromkeys(stops)])}
+    if not isinstance(stops, list):
+        stops = [stops]
+    generation["eos_token_id"] = [*dict.fromkeys([*stops, tokenizer.eos_token_id, stop])]  # each once, in this order
+    return {"config.json": config, "generation_config.json": generation}
 
 
-def save_checkpoint(directory, model, tokenizer, files, save_dtype, optimizer=None, state=None):
-    """Write a model directory that transformers loads, with trainer/ if there is an optimizer; all ranks call it. It is
-    made aside with a manifest, synced and renamed: `directory` is whole or absent. Raises UserError (a full disk)."""
-    aside, params = directory.with_name(f".{directory.name}.tmp"), dict(model.named_parameters())
-    trainer, dtype = aside / "trainer", torch.bfloat16 if save_dtype == "bf16" else torch.float32
+def save_tensors(folder, tensors, dtype):
+    """Make the folder, with {name: tensor} whole and in `dtype` as transformers writes weights; all ranks call it."""
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()  # every rank gathers it: this is a collective
+        if dist.get_rank() == 0:
+            # A copy: uneven shares come as a view into a larger storage, which safetensors refuses.
+            whole[name] = tensor.to("cpu", dtype, copy=True).contiguous()
 
-    def save(folder, tensors, dtype=torch.float32):
-        whole = {}
-        for name, tensor in tensors.items():  # all ranks gather it, rank 0 keeps it
-            tensor = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-            if dist.get_rank() == 0:  # a copy: uneven shares come as a view
-                whole[name] = tensor.to("cpu", dtype, copy=True).contiguous()
-        on_rank_0(lambda: (folder.mkdir(), save_torch_state_dict(whole, folder, max_shard_size="2GB"))[1])
+    def write():
+        folder.mkdir()
+        save_torch_state_dict(whole, folder, max_shard_size="2GB")
 
-    def finish(aside):
+    on_rank_0(write)
+
+
+def save_checkpoint(directory, *, model, tokenizer, files, run, save_dtype="fp32", optimizer=None, state=None):
+    """Write a model directory that transformers loads; all ranks call it. `files` as model_files gives them, `run` the
+    mark. With an optimizer it has trainer/, and is float32, as what resumes must not be rounded; `save_dtype` is for
+    the final model. It is made aside, synced and renamed: `directory` is whole or absent. Raises UserError (a full
+    disk)."""
+    assert optimizer is None or save_dtype == "fp32"
+    aside = directory.with_name(f".{directory.name}.tmp")
+    trainer = aside / "trainer"
+    dtype = torch.bfloat16 if save_dtype == "bf16" else torch.float32
+    params = dict(model.named_parameters())
+
+    def write_texts(aside):
+        contents = dict(files)
+        contents["config.json"] = files["config.json"] | dict(dtype=str(dtype).removeprefix("torch."))
         if optimizer is not None:
-            rng = dict(cpu=torch.get_rng_state())
-            rng |= dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}
-            save_file(rng, trainer / "rng.safetensors")
-            (trainer / "state.json").write_text(json.dumps(state))
-        files["config.json"]["dtype"] = str(dtype).removeprefix("torch.")
-        for name, content in files.items():
-            (aside / name).write_text(json.dumps(content, indent=2))
+            contents["trainer/state.json"] = state
+        for name, content in contents.items():
+            (aside / name).write_text(to_json(content, indent=2), encoding="utf-8")
         try:
             tokenizer.save_pretrained(aside)
         except Exception as error:  # of no narrower class: what `tokenizers` raises when the disk is full
             raise OSError(str(error)) from None
-        (aside / "manifest.json").write_text(json.dumps(file_sha256s(aside, "**/*"), indent=2))
+        manifest = dict(run=run) | file_sha256s(aside, "**/*")
+        (aside / "manifest.json").write_text(to_json(manifest, indent=2), encoding="utf-8")
 
     try:
         on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))  # of a run that was killed
-        save(aside, params, dtype)
+        save_tensors(aside, params, dtype)
         if optimizer is not None:
             on_rank_0(trainer.mkdir)
-            if dtype != torch.float32:
-                save(trainer / "weights", params)
-            for key in ("exp_avg", "exp_avg_sq") if optimizer.state else ():
-                save(trainer / key, {name: optimizer.state[param][key] for name, param in params.items()})
-        on_rank_0(lambda: write_atomically(directory, finish))
+            if optimizer.state:  # it has none before the first update that was applied
+                for key in MOMENTS:
+                    moments = {name: optimizer.state[param][key] for name, param in params.items()}
+                    save_tensors(trainer / key, moments, torch.float32)
+        on_rank_0(lambda: write_atomically(directory, write_texts))
     except UserError as error:
         on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
         raise UserError(f"cannot write {directory}: {error}; earlier checkpoints are intact") from None
@@ -165,25 +208,25 @@ def save_checkpoint(directory, model, tokenizer, files, save_dtype, optimizer=No
 
 @torch.no_grad()
 def load_trainer(directory, model, optimizer):
-    """Put back the optimizer and random state that save_checkpoint wrote; -> the state dict. Any number of ranks."""
+    """Put back the moments that save_checkpoint wrote, on any number of ranks; -> the state dict. There is no random
+    state: nothing draws once training has begun (the data order is a function of seed and step)."""
     trainer = directory / "trainer"
     state = read_json(trainer / "state.json")
-    for key in ("exp_avg", "exp_avg_sq") if state["updates"] else ():
-        files = open_weights(trainer / key)
-        for name, param in model.named_parameters():
-            moment = torch.zeros_like(param).copy_(shard_like(param, files[name].get_tensor(name)))
-            updates = torch.tensor(float(state["updates"]), device=param.device)
-            optimizer.state[param] |= {key: moment, "step": updates}
-    rng = open_safetensors(trainer / "rng.safetensors")
-    torch.set_rng_state(rng.get_tensor("cpu"))
-    if torch.cuda.is_available() and "cuda" in rng.keys():
-        torch.cuda.set_rng_state(rng.get_tensor("cuda"))
+    if state["updates"]:
+        for key in MOMENTS:
+            files = open_weights(trainer / key)
+            for name, param in model.named_parameters():
+                moment = torch.zeros_like(param)
+                moment.copy_(shard_like(param, files[name].get_tensor(name)))
+                optimizer.state[param][key] = moment
+        for param in model.parameters():
+            optimizer.state[param]["step"] = torch.tensor(float(state["updates"]), device=param.device)
     return state
 
 
 def checkpoints(out):
     """The checkpoints of a run, oldest first. Other names (step_000500.bak) are not ours."""
-    paths = (path for path in out.glob("step_*") if path.name[5:].isdecimal())
+    paths = [path for path in out.glob("step_*") if path.name[5:].isdecimal()]
     return sorted(paths, key=lambda path: int(path.name[5:]))
 
 
@@ -191,9 +234,13 @@ def prune_checkpoints(out, keep, keep_state):
     """Delete all but the newest `keep` checkpoints, and trainer/ of all but the newest `keep_state` (0: none), each
     renamed first so that none is half there."""
     steps = checkpoints(out)
-    doomed = steps[:-keep] if keep else []
-    doomed += [step / "trainer" for step in steps[:-keep_state]] if keep_state else []
-    for directory in filter(Path.exists, doomed):
-        aside = out / f".step_{'-'.join(directory.relative_to(out).parts)}.old"
-        os.rename(directory, aside)
-        shutil.rmtree(aside)
+    doomed = []
+    if keep:
+        doomed += steps[:-keep]
+    if keep_state:
+        doomed += [step / "trainer" for step in steps[:-keep_state]]
+    for directory in doomed:
+        if directory.exists():
+            aside = out / f".step_{'-'.join(directory.relative_to(out).parts)}.old"
+            os.rename(directory, aside)
+            shutil.rmtree(aside)

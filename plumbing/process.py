@@ -1,9 +1,14 @@
-"""What every process needs: the group it joins, its end, locks, and files that are whole or absent."""
+"""What every process needs: the group it joins, its end, locks, and files that are whole or absent.
+
+Text files are UTF-8 whatever the locale: read_text and write_text are the only two places that read and write them
+whole. JSON is strict: to_json is the only place that makes it.
+"""
 
 import ctypes
 import fcntl
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -30,73 +35,88 @@ class UserError(ValueError):
 
 def print_rank0(line):
     """Print on rank 0, above the progress bar. A screen that is gone (| head, a closed terminal) stops nothing."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     try:
-        if int(os.environ.get("RANK", 0)) == 0:
-            tqdm.write(line)
-            sys.stdout.flush()
+        tqdm.write(line)
+        sys.stdout.flush()
     except OSError:
+        # Later lines, and Python's own flush at exit, must not meet the broken pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_main(main):
-    """Run main and turn a user's mistake into one line. Ranks above 0 let rank 0 speak first: torchrun ends them when
-    it exits; if rank 0 saw nothing wrong, they speak for themselves."""
+    """Run main, exit with the code that it returns, and turn a user's mistake into one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the screen's locale lacks stops nothing
     code = None
     try:
-        code = main()  # returns, and does not raise, its code: what a traceback keeps alive hangs at exit, now and then
+        # It returns its code and does not raise it: what a traceback keeps alive hangs at exit, now and then.
+        code = main()
     except (UserError, OSError, SafetensorError) as error:
-        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
+        if int(os.environ.get("RANK", 0)) > 0:
+            # Mostly rank 0 says the same, once: torchrun ends this rank as soon as rank 0 has exited.
+            time.sleep(5)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         get_error_handler().record_exception(error)  # torchrun's last lines repeat it
-        os._exit(getattr(error, "code", 1))  # no clean-up that would wait for other ranks
-    except KeyboardInterrupt:  # before training there is nothing to save
-        os._exit(130)
+        os._exit(getattr(error, "code", 1))  # no clean-up: it would wait for other ranks
+    except KeyboardInterrupt:
+        os._exit(130)  # before training there is nothing to save
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
 
 
 def init_distributed(seed, timeout, threads):
-    """Join the process group -> rank, world, device. Without torchrun it is a group of one."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # PR_SET_PDEATHSIG: a worker whose torchrun was killed must not train on
+    """Join the process group -> rank, world, device. Without torchrun it is a group of one. `timeout`: seconds that a
+    rank waits for another; `threads`: CPU threads of this rank, 0: torch's own choice."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # PR_SET_PDEATHSIG: a worker whose torchrun was killed must not train on.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(seed)
     # cuDNN's attention can give NaN gradients under a mask (pytorch issue 196678) and plans anew for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank}, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank}, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **alone)
+        backend = "cpu:gloo,cuda:nccl"
+    group = dict(backend=backend, timeout=timedelta(seconds=timeout))
+    if "RANK" not in os.environ:
+        group |= dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(**group)
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def on_rank_0(function):
-    """Run it on rank 0 and give its result, or what it says is wrong, to every rank."""
-    box = [None]
+    """Run it on rank 0 and give its result to every rank. What it says is wrong every rank raises, as a UserError:
+    ranks that go on alone would wait for rank 0 until the timeout."""
+    result = None
     if dist.get_rank() == 0:
         try:
-            box = [function()]
+            result = function()
         except (UserError, OSError, SafetensorError) as error:
-            box = [UserError(str(error))]
-    dist.broadcast_object_list(box)
-    if isinstance(box[0], UserError):
-        raise box[0]
-    return box[0]
+            result = UserError(str(error))
+    sent = [result]  # broadcast_object_list fills a list in place
+    dist.broadcast_object_list(sent)
+    if isinstance(sent[0], UserError):
+        raise sent[0]
+    return sent[0]
 
 
-HELD_LOCKS = {}  # files whose locks last as long as the process, however it ends
+HELD_LOCKS = {}  # {path: its open lock file}: a lock lasts as long as the process, however that ends
 
 
 def lock_for_writing(path):
     """Keep other processes from writing `path`, a file or a directory. Raises UserError saying who does already."""
     if path in HELD_LOCKS:
         return
-    file = open(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), "a+")
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    file = open(lock, "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -109,32 +129,39 @@ def lock_for_writing(path):
 
 
 def catch_signals():
-    """-> a list into which SIGTERM, SIGINT, SIGUSR1 and SIGHUP will be put with their time: the step ends and all ranks
-    save. A second one exits at once, unless within a second: torchrun passes a Ctrl-C on to workers that had it."""
+    """-> a list into which the numbers of SIGTERM, SIGINT, SIGUSR1 and SIGHUP will be put as they come: the step ends
+    and all ranks save. A second one exits at once, unless it comes within a second of the first: torchrun passes a
+    Ctrl-C on to workers that had it already."""
     caught = []
+    first_at = None
 
     def handle(signum, frame):
-        caught.append((signum, time.monotonic()))
-        if caught[-1][1] - caught[0][1] > 1:
+        nonlocal first_at
+        caught.append(signum)
+        if first_at is None:
+            first_at = time.monotonic()
+        elif time.monotonic() - first_at > 1:
             os._exit(128 + signum)
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup means: go on
+        ignored = signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN  # nohup means: go on
+        if not ignored:
             signal.signal(signum, handle)
     return caught
 
 
 def peak_memory_gb():
-    """Of the GPU's allocator, or resident on CPU (ru_maxrss is in KiB on Linux)."""
-    on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else on_cpu) / 1e9
+    """Of the GPU's allocator, or resident on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # ru_maxrss is in KiB on Linux
 
 
 # --------------------------------------------------------------------------------------- files that are whole or absent
 def fsync_and_chmod(path):
-    """Permissions from the umask (safetensors writes 0600), and fsync."""
+    """Give a file the permissions of the umask, which safetensors does not, and fsync it; a directory: fsync alone."""
     if path.is_file():
-        umask = os.umask(0)
+        umask = os.umask(0)  # it can be read only by setting it
         os.umask(umask)
         path.chmod(0o666 & ~umask)
     descriptor = os.open(path, os.O_RDONLY)
@@ -143,25 +170,76 @@ def fsync_and_chmod(path):
 
 
 def write_atomically(path, write):
-    """write(temporary path), fsync, rename: `path`, a file or directory, is whole or as it was. Raises UserError."""
+    """write(temporary path), fsync, rename: `path`, a file or directory, is whole or as it was. Raises UserError, which
+    names it, where that fails (a full disk)."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
         write(aside)
-        for written in (*aside.rglob("*"), aside):
-            fsync_and_chmod(written)
+        for inner in aside.rglob("*"):
+            fsync_and_chmod(inner)
+        fsync_and_chmod(aside)
         os.replace(aside, path)
-        fsync_and_chmod(path.parent)
+        fsync_and_chmod(path.parent)  # the new name itself
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None
+
+
+def write_text(path, text):
+    """A UTF-8 file, whole or as it was."""
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def read_text(path):
+    """The text of a UTF-8 file. Raises UserError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no text that can be read: {error}") from None
+
+
+def to_json(content, indent=None):
+    """JSON text of `content`. JSON has no NaN and no infinity: UserError says where one is, "bins[3].accuracy"."""
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        raise UserError(f"not written, as it is no JSON: {find_not_finite(content, '')}") from None
+
+
+def find_not_finite(content, place):
+    """-> "bins[3].accuracy is nan" of the first number in `content` that is not finite; None: there is none."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return f"{place.removeprefix('.')} is {content}"
+    inner = {}
+    if isinstance(content, dict):
+        inner = {f"{place}.{name}": value for name, value in content.items()}
+    elif isinstance(content, (list, tuple)):
+        inner = {f"{place}[{k}]": value for k, value in enumerate(content)}
+    for name, value in inner.items():
+        found = find_not_finite(value, name)
+        if found:
+            return found
+    return None
+
+
+def parse_json(text, where):
+    """The object that a JSON text is. Raises UserError, which says `where` it stands ("file", "file:line"), if it is
+    none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: no JSON that can be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: no JSON object: {text[:40]}")
+    return content
 
 
 def read_json(path):
     """The object in a JSON file. Raises UserError where there is none."""
-    try:
-        return {**json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: no JSON object that can be read: {error}") from None
+    return parse_json(read_text(path), path)
 
 
 def file_sha256(path):
@@ -170,6 +248,7 @@ def file_sha256(path):
 
 
 def open_safetensors(path):
+    """-> safetensors' open file: .keys(), .get_tensor(name), .metadata(). Raises UserError."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -177,6 +256,7 @@ def open_safetensors(path):
 
 
 def tensors_sha256(tensors):
+    """Of the values of {name: tensor}."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].numpy())
@@ -184,7 +264,8 @@ def tensors_sha256(tensors):
 
 
 def write_tensors(path, tensors, key, report=""):
-    """A file of tensors that a run makes once, with what it was made of (`key`) and a checksum."""
+    """A file of tensors that a run makes once, with what it was made of (`key`), a report for the screen and a
+    checksum."""
     metadata = dict(key=key, report=report, sha256=tensors_sha256(tensors))
     write_atomically(path, lambda aside: save_file(tensors, aside, metadata))
 
@@ -192,7 +273,8 @@ def write_tensors(path, tensors, key, report=""):
 def read_tensors(path, key):
     """-> the tensors and the report of write_tensors. Raises UserError: damaged, or made of something else."""
     file = open_safetensors(path)
-    metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    metadata = file.metadata() or {}
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
     if metadata.get("key") != key or metadata.get("sha256") != tensors_sha256(tensors):
         raise UserError(f"{path} is damaged, or of another model, tokenizer, data or precision (it says"
                         f" {metadata.get('key')}, now {key}): delete it, or give another --out")

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import checkpoints, model_fingerprint, prune_checkpoints, verify_checkpoint
 from plumbing.data import TODAY
-from plumbing.process import (UserError, file_sha256, lock_for_writing, on_rank_0, peak_memory_gb, print_rank0,
-                              write_atomically)
+from plumbing.process import (UserError, file_sha256, lock_for_writing, on_rank_0, parse_json, peak_memory_gb,
+                              print_rank0, read_text, to_json, write_text)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -36,10 +36,12 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(parser, args, positive, signed=()):
     """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
     for flag, value in vars(args).items():
-        most = 2**63 if type(value) is int else math.inf
-        unfit = type(value) in (int, float) and flag not in signed and not 0 <= value < most
-        if unfit or flag in positive and value == 0:
-            parser.error(f"--{flag} {value}: must be {'above' if flag in positive else 'at least'} 0 and finite")
+        if type(value) not in (int, float) or flag in signed:  # a bool is an int to isinstance
+            continue
+        fits_int64 = type(value) is float or value < 2**63
+        if not (0 <= value < math.inf and fits_int64) or (flag in positive and value == 0):
+            least = "above" if flag in positive else "at least"
+            parser.error(f"--{flag} {value}: must be {least} 0 and finite")
 
 
 def common_flags(parser):
@@ -63,7 +65,7 @@ def common_flags(parser):
     add("--save_every", type=int, help="optimizer steps between checkpoints; 0: only on a signal (preset)")
     add("--keep", type=int, default=0, help="newest checkpoints kept; 0: all")
     add("--keep_state", type=int, default=0, help="newest checkpoints that keep optimizer state; 0: all (preset)")
-    add("--save_dtype", choices=["fp32", "bf16"], default="fp32", help="of saved models; what resumes is fp32")
+    add("--save_dtype", choices=["fp32", "bf16"], default="fp32", help="of final/; checkpoints are fp32 always (fp32)")
     add("--eval_every", type=int, help="optimizer steps between evaluations on --eval_data; 0: never (preset)")
     add("--log_every", type=int, default=1, help="steps between lines on screen; metrics.jsonl has all (preset)")
     add("--track", choices=["none", "wandb", "trackio"], default="none", help="a dashboard besides metrics.jsonl")
@@ -80,13 +82,21 @@ def common_flags(parser):
     add("--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run (1800)")
 
 
+# Flags that fit a run to its machine or say what it keeps; every other flag must be the same when a run resumes.
+FREE_FLAGS = {"keep", "keep_state", "save_dtype", "log_every", "track", "timeout", "threads", "micro_batch_size",
+              "shard", "checkpoint_activations", "compile", "out"}
+
+
 def parse_with_preset(parser, presets, argv, positive=(), signed=()):
     """Parse twice: the first pass finds the preset, whose values are the defaults of the second. A model or data of
     one's own begins from the paper's recipe: the toy's learning rate and lengths would spoil it unnoticed."""
     for name, values in presets.items():
-        parser.add_argument_group(f"--preset {name}", ", ".join(f"{flag} {value}" for flag, value in values.items()))
+        shown = ", ".join(f"{flag} {value}" for flag, value in values.items())
+        parser.add_argument_group(f"--preset {name}", shown)
     given = parser.parse_known_args(argv)[0]
-    preset = ("paper" if given.model or given.data else "toy") if given.preset is None else given.preset
+    preset = given.preset
+    if preset is None:
+        preset = "paper" if given.model or given.data else "toy"
     if preset not in presets:
         parser.error(f"--preset {preset}: one of {', '.join(presets)}")
     parser.set_defaults(**presets[preset] | dict(preset=preset))
@@ -101,26 +111,38 @@ def parse_with_preset(parser, presets, argv, positive=(), signed=()):
 
 
 # -------------------------------------------------------------------------------------- a new run, or one to go on with
-# Flags that fit a run to its machine or say what it keeps; every other flag must be the same when a run resumes.
-FREE_FLAGS = {"keep", "keep_state", "save_dtype", "log_every", "track", "timeout", "threads", "micro_batch_size",
-              "shard", "checkpoint_activations", "compile", "out"}
-
-
 def run_header(script, args, world, device, models):
     """What a run must say of itself, the first line of metrics.jsonl, with fingerprints of its models {role: directory}
-    and of its data, as cut (a Hub dataset is known by its name)."""
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    parts = dict.fromkeys([args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")])
+    and of its data, as cut (a Hub dataset is known by its name). `run` is the mark that its checkpoints bear."""
+    models_sha256 = {directory: model_fingerprint(directory) for directory in {*models.values()}}  # mostly ref is model
+    parts = [args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")]
+    parts = dict.fromkeys(parts)  # each once, in this order
     data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
     data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY)])
-    # Once each: the reference is mostly the model.
-    once = {directory: model_fingerprint(directory) for directory in {*models.values()}}
-    prints = dict(chat_date=str(TODAY)) | {role: once[directory] for role, directory in models.items()}
-    prints["data"] = hashlib.sha256(data.encode()).hexdigest()[:16]
-    versions = dict(torch=torch.__version__, python=sys.version.split()[0])
-    return dict(script=script, args=vars(args), commit=commit, versions=versions, device=name, world=world) | prints
+    header = dict(script=script, args=vars(args))
+    header |= dict(commit=git_commit(), versions=dict(torch=torch.__version__, python=sys.version.split()[0]))
+    header |= dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", world=world)
+    header |= dict(chat_date=str(TODAY))
+    header |= {role: models_sha256[directory] for role, directory in models.items()}
+    header |= dict(data=hashlib.sha256(data.encode()).hexdigest()[:16])
+    header |= dict(run=hashlib.sha256(json.dumps(identity(header), sort_keys=True).encode()).hexdigest()[:16])
+    return header
+
+
+def git_commit():
+    """Of this code."""
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def identity(header):
+    """What must be the same when a run resumes, {name: value}."""
+    same = {flag: value for flag, value in header["args"].items() if flag not in FREE_FLAGS}
+    same["script"] = header["script"]
+    for role in ("model", "ref", "data"):
+        same[f"{role} fingerprint"] = header.get(role)
+    return same
 
 
 def checkpoint_to_resume(out, header):
@@ -128,39 +150,49 @@ def checkpoint_to_resume(out, header):
     would begin metrics.jsonl with. Raises UserError where `out` holds something else or another run."""
     out.mkdir(parents=True, exist_ok=True)
     metrics = out / "metrics.jsonl"
-    empty = all(path.name.startswith(".") for path in out.iterdir())  # or a kill left half of the very first file
-    if empty or metrics.exists():
-        lock_for_writing(out)
-    if empty and not metrics.exists():
-        write_atomically(metrics, lambda aside: aside.write_text(json.dumps(header) + "\n"))
-    try:
-        lines = metrics.read_text().split("\n")
-        found = json.loads(lines[0])
-        prints = [{f"{key} fingerprint": h.get(key) for key in ("model", "ref", "data")} for h in (found, header)]
-        then, now = (h["args"] | dict(script=h["script"]) | p for h, p in zip((found, header), prints))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{out} is not empty and holds no run (no metrics.jsonl with a header): choose another"
-                        " --out") from None
-    differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted({*then, *now} - FREE_FLAGS)
-              if then.get(key) != now.get(key)]
-    if differ and len(lines) > 2:  # before a first step nothing is lost: a wrong model or data may be mended
-        raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out (to train on: --model"
-                        f" {out}/final)")
-    for leftover in (*out.glob(".step_*"), out / ".final.tmp"):  # of a kill: half a checkpoint written or deleted
+    empty = all(path.name.startswith(".") for path in out.iterdir())  # a kill may have left half of the first file
+    if not empty and not metrics.exists():
+        raise UserError(f"{out} is not empty and holds no run (no metrics.jsonl): choose another --out")
+    lock_for_writing(out)
+    if not metrics.exists():
+        write_text(metrics, to_json(header) + "\n")
+    check_same_run(out, header, read_text(metrics).split("\n"))
+    # What a kill has left: half a checkpoint written or deleted.
+    for leftover in [*out.glob(".step_*"), out / ".final.tmp"]:
         shutil.rmtree(leftover, ignore_errors=True)
     if (out / "final").exists():
         verify_checkpoint(out / "final", ours=True)
         return out / "final"
     steps = checkpoints(out)
-    if steps and not (steps[-1] / "trainer").exists():
+    if not steps:
+        return None
+    if not (steps[-1] / "trainer").exists():
         raise UserError(f"{steps[-1]} keeps no optimizer state (--keep_state): there is nothing to resume from")
-    return steps[-1] if steps else None
+    return steps[-1]
+
+
+def check_same_run(out, header, lines):
+    """Raise UserError unless `lines`, those of out/metrics.jsonl, begin with a header of the same run."""
+    try:
+        was = identity(parse_json(lines[0], "line 1"))
+    except (UserError, KeyError, AttributeError):
+        raise UserError(f"{out} is not empty and holds no run (metrics.jsonl begins with no header): choose another"
+                        " --out") from None
+    now = identity(header)
+    differ = []
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            differ.append(f"{name} was {was.get(name)!r}, is {now.get(name)!r}")
+    begun = len(lines) > 2  # before a first step nothing is lost: a wrong model or data may be mended
+    if differ and begun:
+        raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out (to train on: --model"
+                        f" {out}/final)")
 
 
 # -------------------------------------------------------------------------------------------------------------- its log
 def open_tracker(kind, out, args):
     """Begin a run on the dashboard asked for, before any work is done. wandb and trackio have one interface."""
-    if kind != "none":
+    if kind != "none":  # neither is imported unless it is asked for
         try:
             importlib.import_module(kind).init(project="is-daa", name=out.name, config=args)
         except Exception as error:  # not installed, no key, no network: classes of their own
@@ -170,21 +202,24 @@ def open_tracker(kind, out, args):
 def open_metrics(path, header, resumed):
     """metrics.jsonl, ready for the lines after those of the checkpoint `resumed`: later ones will be written again, the
     same. Line 0 is the header, line k step k."""
-    lines = [json.dumps(header)]
+    lines = [to_json(header)]
     if resumed:
         step = int(resumed.name.removeprefix("step_"))
-        lines = path.read_text().split("\n")[: step + 1]
+        lines = read_text(path).split("\n")[: step + 1]
         if not lines[-1].startswith(f'{{"step": {step},'):
             raise UserError(f"{path} does not hold steps 1 to {step}, a line each: restore it, or choose another --out")
-    write_atomically(path, lambda aside: aside.write_text("\n".join(lines) + "\n"))
-    return path.open("a", buffering=1)
+    write_text(path, "\n".join(lines) + "\n")
+    return path.open("a", buffering=1, encoding="utf-8")  # a line at a time
 
 
 def write_metrics(file, step, metrics):
-    """One JSON line. JSON has no NaN: what is not finite is null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    """One JSON line. A step that is skipped has figures that are not finite; JSON has no NaN: they are null."""
+    line = dict(step=step)  # first: line k is found by it
+    for name, value in metrics.items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        line[name] = value if finite else None
     try:
-        file.write(json.dumps({"step": step} | clean) + "\n")
+        file.write(to_json(line) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {file.name}: {error}") from None
 
@@ -193,14 +228,16 @@ class StepLog:
     """What a run says of its steps, on rank 0: a line of metrics.jsonl each, the tracker, the screen and its bar."""
 
     def __init__(self, path, header, resumed, *, steps_done, total, log_every, track):
-        self.total, self.log_every, self.track = total, log_every, track
+        self.total = total
+        self.log_every = log_every
+        self.track = track
         self.rank = dist.get_rank()
         if self.rank == 0:
             self.file = open_metrics(path, header, resumed)
             self.bar = tqdm(total=total, initial=steps_done, disable=not sys.stderr.isatty(), unit="step")
 
     def write(self, step, metrics, line, applied):
-        """`line` is for the screen."""
+        """`line` is for the screen; `applied`: whether the update was, which it is not where it is not finite."""
         if self.rank > 0:
             return
         write_metrics(self.file, step, metrics)
@@ -246,8 +283,8 @@ def save_or_stop(out, state, signals, save, *, save_every, keep, keep_state):
     """After each step, on all ranks: where a checkpoint is due, a signal came or 10 steps in a row were not finite,
     save(directory) writes one. -> the exit code to stop with; 0: go on. Raises UserError where it has diverged."""
     step = state["step"]
-    signum = torch.tensor(signals[0][0] if signals else 0)
-    dist.all_reduce(signum, op=dist.ReduceOp.MAX)  # that any rank was sent
+    signum = torch.tensor(signals[0] if signals else 0)
+    dist.all_reduce(signum, op=dist.ReduceOp.MAX)  # one that any rank was sent: all must stop at the same step
     diverged = state["skipped_in_a_row"] == 10
     if signum or diverged or (save_every and step % save_every == 0):
         state["skipped_in_a_row"] %= 10  # whoever goes on after a divergence has ten more

@@ -104,17 +104,17 @@ class Ours:
         sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         sync()
         began = time.perf_counter()
-        self.ref_logps = tp.all_logps(policy, pairs, self.args, 0, 1, device, "")
+        self.ref_logps = tp.all_logps(policy, pairs, self.args, "")
         sync()
         self.reference_s = time.perf_counter() - began
         take(peer)
         self.policy = policy
 
     def step(self, optimizer):
-        logps, lengths, norm, applied = tp.train_step(self.policy, optimizer, self.pairs, self.ref_logps, self.args, 0, 1,
-                                                      self.device)
+        logps, norm, applied = tp.train_step(self.policy, optimizer, self.pairs, self.ref_logps, self.args)
         assert applied
-        return tp.preference_metrics(self.args, logps, self.ref_logps.to(self.device), lengths)["loss"], norm
+        metrics = tp.preference_metrics(self.args, logps.cpu(), self.ref_logps, tp.pair_lengths(self.pairs))
+        return metrics["loss"], norm
 
     def work(self):
         """-> tokens computed, of them padding, FLOPs."""

@@ -71,7 +71,7 @@ def steps(options, rank, world, device):
         pairs = [draw_pair(rng, c.vocab_size, LENGTHS[options.lengths]) for _ in range(options.pairs)]
         began = time.perf_counter()
         ref = torch.zeros(len(pairs), 2)
-        _, _, norm, applied = tp.train_step(model, optimizer, pairs, ref, args, rank, world, device)  # reads the norm
+        _, norm, applied = tp.train_step(model, optimizer, pairs, ref, args)  # reads the norm
         seconds.append(time.perf_counter() - began)
         rates.append(sum(needed_flops(policy, c, pair) for pair in pairs) / world / seconds[-1] / 1e12)
     middle = lambda values: sorted(values[1:] or values)[len(values[1:] or values) // 2]

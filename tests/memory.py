@@ -180,9 +180,9 @@ def simulate(memory, shape, reward, shard, checkpoint_activations, lengths, laye
         for _ in range(2):
             memory.peak = memory.now
             if reward:
-                train_rm.reward_step(model, optimizer, pairs, args, 0, world, CPU)
+                train_rm.reward_step(model, optimizer, pairs, args)
             else:
-                train_pref.train_step(model, optimizer, pairs, torch.zeros(len(pairs), 2), args, 0, world, CPU)
+                train_pref.train_step(model, optimizer, pairs, torch.zeros(len(pairs), 2), args)
             gc.collect()
         held, peak = memory.now - began, memory.peak - began
     dist.destroy_process_group()

@@ -143,7 +143,7 @@ def read_jsonl(path):
 
 def samples(path, n, k=1, ours="good {}", theirs="bad {}"):
     """n prompts with k completions each."""
-    row = lambda i: dict(prompt=f"\n\nHuman: question {i}?\n\nAssistant:", references=[theirs.format(i)],
+    row = lambda i: dict(format=2, prompt=f"\n\nHuman: question {i}?\n\nAssistant:", references=[theirs.format(i)],
                          completions=[f"{ours.format(i)} {j}" for j in range(k)], ended=[True] * k)
     return write_jsonl(path, map(row, range(n)))
 
@@ -188,7 +188,7 @@ def test_table_2(shared):
 
 def test_texts_are_sent_as_they_are(server, tmp_path):
     """Braces and backslashes are no template's; blanks around a text are gone; an empty completion is judged."""
-    row = dict(prompt=" {prompt} \\n {a}", completions=["  {b} good", ""], references=[" {0} ", "unused"])
+    row = dict(format=2, prompt=" {prompt} \\n {a}", completions=["  {b} good", ""], references=[" {0} ", "unused"])
     assert judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", [row]))["scored"] == 2
     for (path, request), ours in zip(sorted(server.requests, key=lambda r: "{b}" not in content(r[1])), ("{b} good", "")):
         assert path == "/v1/chat/completions" and request["temperature"] == 0 and request["model"] == "gpt-4o-mini"
@@ -197,8 +197,8 @@ def test_texts_are_sent_as_they_are(server, tmp_path):
 
 
 @pytest.mark.parametrize("text, choice", [
-    ("Comparison: A is better.\nMore helpful: A", "A"), ('Comparison: x\n\nMore helpful: "B"\n', "B"), ("**Preferred:** B.", "B"),
-    ("MORE HELPFUL: Response A", "A"), ("Comparison: fine\nB", "B"), ("__A__", "A"), ("Preferred: Summary B", "B"),
+    ("Comparison: A is better.\nMore helpful: A", "A"), ('Comparison: x\n\nMore helpful: "B"\n', "B"), ("**More helpful:** B.", "B"),
+    ("MORE HELPFUL: Response A", "A"), ("Comparison: fine\nB", "B"), ("__A__", "A"), ("Preferred: Summary B", None),
     ("Response A:\nquoted\nResponse B:\nquoted\nMore helpful: B", "B"), ("", None), ("Both are fine.", None),
     ("More helpful: A or B", None), ("More helpful: A\nMore helpful: B", "B"), ("More helpful: a", None), ("A\nB", "B"),
     ("One said \"Preferred: B\"\nPreferred: B\n\nThat is wrong.\n\nA", "A"), ("More helpful: B\n\nThank you.", "B"),
@@ -209,7 +209,7 @@ def test_parse_choice(text, choice):
 
 
 @pytest.mark.parametrize("text, rating", [
-    ("Rating: [[5]]", 5), ("[[7.5]] and [[2]]", 7.5), ("so [6]", 6), ("[3] of its points: [[8]]", 8), ("[[10.0]]", 10),
+    ("Rating: [[5]]", 5), ("[[7.5]] and [[2]]", 7.5), ("so [6]", None), ("as in [1]", None), ("[3] of its points: [[8]]", 8), ("[[10.0]]", 10),
     ("[[10]]", 10), ("[[1]]", 1), ("Rating: 5", None), ("[[0]]", None), ("[[11]]", None), ("[[85]]", None),
     ("[[-3]]", None), ("[[five]]", None), ("", None), ("[[" + "1" * 10**6, None), ("[[1" * 10**6, None)])
 def test_parse_rating(text, rating):
@@ -264,8 +264,8 @@ def test_error_is_that_of_prompts(server, tmp_path):
 
 
 def test_what_has_no_opponent(server, tmp_path):
-    ours = [dict(prompt=p, completions=["good", "good"]) for p in "abc"]
-    theirs = [dict(prompt="c", completions=["x", "good good"]), dict(prompt="a", completions=["x"])]
+    ours = [dict(format=2, prompt=p, completions=["good", "good"]) for p in "abc"]
+    theirs = [dict(format=2, prompt=p, completions=said) for p, said in (("c", ["x", "good good"]), ("a", ["x"]))]
     flags = dict(samples=write_jsonl(tmp_path / "ours", ours), against=write_jsonl(tmp_path / "theirs", theirs))
     result = judge(server, tmp_path, **flags)
     assert result["unmatched"] == 3  # both of b, the second of a
@@ -276,7 +276,7 @@ def test_what_has_no_opponent(server, tmp_path):
 
 def test_equal_completions(server, tmp_path):
     """Two completions of a prompt are two verdicts, though their texts be equal; a row that stands twice is one."""
-    rows = [dict(prompt=f"question {i}", completions=["good", "good"], references=["bad"]) for i in range(8)]
+    rows = [dict(format=2, prompt=f"question {i}", completions=["good", "good"], references=["bad"]) for i in range(8)]
     assert judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", rows))["scored"] == 16 == len(server.requests)
     result = judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", rows + rows))
     assert (result["scored"], result["prompts"], len(server.requests)) == (16, 8, 16)
@@ -344,7 +344,7 @@ def test_a_server_that_is_down_is_left_alone(server, tmp_path, monkeypatch):
     assert len(server.requests) == 100
 
 
-@pytest.mark.parametrize("status", [400, 404])
+@pytest.mark.parametrize("status", [307, 401, 403, 404])
 def test_refusals_stop_the_run(server, tmp_path, status):
     server.reset(lambda request, nth: (status,))
     with pytest.raises(evaluate.UserError, match=f"{server.url} refuses a request.*{status}") as error:
@@ -382,8 +382,10 @@ def test_key_and_url(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{broken", "s:1: not JSON"), ('{"prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "nothing to judge"),
-    ('{"prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "s:1: half of a surrogate pair")])
+    ("{broken", "s:1: not JSON"), ('{"format": 2, "prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "nothing to judge"),
+    ('{"prompt": "<|im_start|>user", "completions": ["b"]}', "s:1: no sample of format 2"),
+    ('{"format": 2, "prompt": ["a"], "completions": ["b"]}', "s:1: want prompt"),
+    ('{"format": 2, "prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "s:1: half of a surrogate pair")])
 def test_bad_samples(server, tmp_path, line, words):
     (tmp_path / "s").write_text(line + "\n")
     with pytest.raises(evaluate.UserError, match=words):
@@ -560,10 +562,10 @@ def test_mt_bench_files_that_do_not_fit(server, tmp_path, suite):
 # ------------------------------------------------------------------------------------------------------------ sample --api
 def completions(server, prompts, k=2, keep=None, **flags):
     """-> {index: (texts, stops, tokens)}"""
-    how = dict(model="m", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=3, k=k)
+    how = dict(command="sample", model="m", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=3, k=k)
     args = SimpleNamespace(**dict(api=server.url, concurrency=8) | how | flags)
     rows = {}
-    for fresh in evaluate.api_rows([evaluate.Prompt(index, text, None, []) for index, text in prompts], args):
+    for fresh in evaluate.api_rows([evaluate.Prompt(index, text, None, None, []) for index, text in prompts], args):
         rows |= {row["index"]: (row["completions"], row["stops"], row["n_tokens"]) for row in fresh}
         if keep:
             keep(rows)

@@ -380,7 +380,7 @@ WRONG = {
     "train_sft": COMMON | {"kernel": ["cuda"]},
     "train_rm": COMMON | {"center": ["-1", "nan", "inf", "x"]},
     "train_pref": COMMON | {"kernel": ["cuda"], "loss": ["simpo", ""], "beta": ["0", "-1", "nan", "inf", "x"],
-                            "log_eps": ["nan", "-inf", "x"], "ess_target": ["1", "-0.1", "nan"], "eta": ["-1", "nan", "inf"],
+                            "log_eps": ["nan", "-inf", "x"], "eta": ["-1", "nan", "inf"],
                             "alpha": ["nan", "inf", "-inf"], "r_max": ["0", "-1", "nan", "inf"],
                             "label_smoothing": ["-0.1", "0.5", "0.6", "nan"]},
 }

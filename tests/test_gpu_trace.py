@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STEP = dict(train_pref="train_step", train_sft="step_loss", train_rm="reward_step")
 # What stands in each micro-batch, after its forward.
 FORWARD = dict(train_pref="        micro_logps = policy(**batch)[0].view(-1, 2)\n",
-               train_sft="            nll = -logps.sum() if micro[rank] else 0.0 * logps.sum()\n",
-               train_rm="        micro_rewards = model(**batch).view(-1, 2)\n")
+               train_sft="            logps, _ = policy(**batch)\n",
+               train_rm="        micro_rewards = reward_model(**batch).view(-1, 2)\n")
 RESULT = dict(train_pref="micro_logps", train_sft="logps", train_rm="micro_rewards")
 
 
@@ -63,6 +63,8 @@ def traced(script, bad):
     FakeTensor.is_cuda = property(lambda tensor: tensor.device.type == "gpu")
     torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
     module.dist.all_reduce = lambda tensor, **how: tensor
+    module.dist.get_rank = lambda: 0
+    module.dist.get_world_size = lambda: 2
 
     def to_device(values, device):
         copying.append(True)
@@ -118,17 +120,17 @@ def traced(script, bad):
             for _ in range(2):
                 waits.clear()
                 if script == "train_sft":
-                    loss = module.step_loss(model, rows, args, 0, 2, gpu, train=True)
+                    loss = module.step_loss(model, rows, args, train=True)
                     module.clip_and_step(model, optimizer, args.grad_clip, loss.isfinite())
                 elif script == "train_rm":
-                    module.reward_step(model, optimizer, rows, args, 0, 2, gpu)
+                    module.reward_step(model, optimizer, rows, args)
                 else:
-                    module.train_step(model, optimizer, rows, torch.zeros(12, 2), args, 0, 2, gpu)
+                    module.train_step(model, optimizer, rows, torch.zeros(12, 2), args)
             step = list(waits)
             assert {param.device for param in model.parameters()} == {gpu} == {m.device for m in moments(optimizer)}
             waits.clear()
             if script != "train_sft":  # rewards or log-probs of all: read once, at the end
-                (module.all_rewards if script == "train_rm" else module.all_logps)(model, rows, args, 0, 2, gpu, "")
+                (module.all_rewards if script == "train_rm" else module.all_logps)(model, rows, args, "")
     return step, list(waits)
 
 

@@ -107,7 +107,8 @@ def trace(folder, device, precision, place="", bad=""):
         shutil.copytree(ROOT / "toy" / "sft", run / "step_1", ignore=shutil.ignore_patterns("manifest.json"))
         weights = load_file(run / "step_1" / "model.safetensors")
         save_file({name: 0.8 * weight for name, weight in weights.items()}, run / "step_1" / "model.safetensors")
-    (run / "metrics.jsonl").write_text(json.dumps(dict(pairs=1, steps=1, args=dict(batch_size=1))) + "\n")
+    header = dict(pairs=1, steps=1, args=dict(batch_size=1), ref=module.model_fingerprint(ROOT / "toy" / "sft"))
+    (run / "metrics.jsonl").write_text(json.dumps(header) + "\n")
     how = f"--preset toy --precision {precision} --batch_size 4".split()
     how += ["--n", "2", "--max_new_tokens", "2"] if bad else ["--n", "3", "--max_new_tokens", "12"]
     try:

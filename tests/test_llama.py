@@ -385,7 +385,7 @@ def save(directory, source, model=None):
     """What a trainer does at its end."""
     tokenizer = train_pref.load_tokenizer(source)
     files = train_pref.model_files(source, tokenizer, train_pref.assistant_stop_id(tokenizer))
-    train_pref.save_checkpoint(directory, model or ours(source), tokenizer, files, "fp32")
+    train_pref.save_checkpoint(directory, model=model or ours(source), tokenizer=tokenizer, files=files, run="")
     return directory
 
 
@@ -481,7 +481,7 @@ def test_float16_and_bfloat16_weights_become_float32(tiny_llama, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- refusals
 REFUSED_CONFIGS = {
-    "model_type": (dict(model_type="mistral"), ["model_type", "mistral"]),
+    "model_type": (dict(model_type="gemma"), ["model_type", "gemma"]),
     "rope_type": (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)), ["rope_type", "yarn"]),
     "rope_type, old dialect": (dict(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=None), ["rope_type", "linear"]),
     "partial_rotary_factor": (dict(rope_parameters=dict(THETA, partial_rotary_factor=0.5)), ["partial_rotary_factor", "0.5"]),

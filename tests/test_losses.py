@@ -395,61 +395,6 @@ def test_a_rejected_response_that_became_likelier_raises_the_weight():
     torch.testing.assert_close(weights, torch.tensor([math.exp(-1), 1.0, math.exp(0.5)]))
 
 
-def oracle_ess(log_weights, power, log_eps):
-    """(sum w^a)^2 / sum w^2a of the capped weights, in pairs; float64."""
-    weights = np.minimum(np.exp(np.asarray(log_weights, np.float64)), np.exp(2 * log_eps)) ** power
-    return weights.sum() ** 2 / (weights**2).sum()
-
-
-@pytest.mark.parametrize("n", [2, 7, 64])
-@pytest.mark.parametrize("log_eps", [0.0, 1.0, math.inf])
-@pytest.mark.parametrize("ess_target", [0.1, 0.5, 0.9])
-def test_ess_power_is_the_largest(ess_target, log_eps, n):
-    """At the power the effective sample size is at the target, or the power is 1; at any larger one it is below."""
-    for seed in range(20):
-        log_weights = np.random.default_rng(seed).normal(-4, 10 ** np.random.default_rng(seed).uniform(-1, 1), n)
-        power = tp.ess_power(torch.tensor(log_weights), ess_target=ess_target, log_eps=log_eps)
-        assert 0 <= power <= 1 and oracle_ess(log_weights, power, log_eps) >= ess_target * n * (1 - 1e-9)
-        if power < 1:
-            larger = np.linspace(power + 1e-6, 1, 1000)
-            assert max(oracle_ess(log_weights, a, log_eps) for a in larger) < ess_target * n
-
-
-def test_ess_power_of_two_weights():
-    """Weights 1 and r = exp(-x): (1 + r^a)^2 = 2 t (1 + r^2a) is a quadratic in r^a, whose root is (1 - sqrt(1 - s^2)) / s, s = 2t - 1."""
-    for x in (3.0, 20.0, 500.0):
-        for t in (0.6, 0.75, 0.95):
-            s = 2 * t - 1
-            expected = -math.log((1 - math.sqrt(1 - s**2)) / s) / x
-            for dtype in (torch.float32, torch.float64):
-                log_weights = torch.tensor([-7.0, -7.0 - x], dtype=dtype)
-                assert tp.ess_power(log_weights, ess_target=t, log_eps=1.0) == pytest.approx(min(1, expected), rel=1e-9)
-
-
-def test_ess_power_at_its_ends():
-    """1 where nothing is wanted, where the weights are equal, and where the cap makes them so; a half of one pair is one pair."""
-    spread = torch.tensor([-30.0, -3.0, 0.0, 9.0])
-    power = lambda log_weights, t, log_eps=1.0: tp.ess_power(log_weights, ess_target=t, log_eps=log_eps)
-    assert power(spread, 0.0) == power(torch.full((5,), -40.0), 0.99) == power(torch.tensor([3.0, 80.0]), 0.99) == 1
-    assert power(torch.tensor([-600.0]), 0.5) == 1
-    assert power(torch.tensor([3.0, 80.0]), 0.99, math.inf) < 0.01  # ... and not where there is no cap
-    assert 0 < power(spread, 0.9) < power(spread, 0.5) < 1
-
-
-@pytest.mark.parametrize("base", ["dpo", "ipo"])
-def test_ess_power_in_the_loss(base):
-    """w^a times the loss, with no gradient through w or a."""
-    logps, lengths = make_logps(16, torch.float64, seed=21, largest=10.0)
-    logps = [x.requires_grad_() for x in logps]
-    plain = tp.preference_loss(tp.parse_args(["--loss", base]), *logps, *lengths)[0]
-    losses, weights = tp.preference_loss(tp.parse_args(["--loss", f"is_{base}"]), *logps, *lengths, 0.3)
-    expected = oracle_weight(*(x.detach().numpy() for x in logps), 1.0) ** 0.3
-    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-12)
-    both = (weights * losses, torch.tensor(expected) * plain)
-    ours, theirs = (torch.autograd.grad(x.sum(), logps[0], retain_graph=True)[0] for x in both)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 def test_ipo_in_the_papers_form(beta):
     """f(x) = (x - 1)^2 at x = beta' delta is ipo at beta = beta'/2, times beta'^2."""
@@ -499,8 +444,7 @@ def test_unknown_loss():
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
-@pytest.mark.parametrize("flags", ["--loss dpo", "--loss is_dpo --log_eps 0.5", "--loss is_ipo --log_eps inf", "--loss chi_po",
-                                   "--loss is_dpo --ess_target 0.6"])
+@pytest.mark.parametrize("flags", ["--loss dpo", "--loss is_dpo --log_eps 0.5", "--loss is_ipo --log_eps inf", "--loss chi_po"])
 def test_metrics(flags):
     (pc, pr, rc, rr), lengths = make_logps(101, torch.float64, seed=10, largest=20.0)
     rc[:5] = rr[:5] = -32.0
@@ -513,14 +457,6 @@ def test_metrics(flags):
     cap = 2 * args.log_eps
     weighted = args.loss.startswith("is_")
     weights = np.exp(np.minimum(total, cap)) if weighted else np.ones(101)
-    power = 1.0
-    if args.ess_target:  # on a grid, then finer around the place: the effective sample size falls as the power grows
-        grid, step = np.linspace(0, 1, 1001), 1e-3
-        for _ in range(4):
-            power = max(a for a in grid if oracle_ess(total, a, args.log_eps) >= 0.6 * 101)
-            grid, step = np.linspace(power, power + step, 1001), step / 1000
-        assert 0.01 < power < 0.99
-        weights = weights**power
     logps = pc, pr, rc, rr
     base = {"dpo": lambda: oracle_dpo(*logps, 0.1), "is_dpo": lambda: oracle_dpo(*logps, 0.1),
             "is_ipo": lambda: oracle_ipo(*logps, 0.1), "chi_po": lambda: oracle_chi_po(*logps, 0.1, 10.0)}[args.loss]()
@@ -538,7 +474,6 @@ def test_metrics(flags):
         "weights/mean": np.mean(weights),
         "weights/ess": np.sum(weights) ** 2 / np.sum(weights**2),
         "weights/capped": np.mean(total >= cap),
-        "weights/power": power,
         "weights/log_p10": np.percentile(total, 10),
         "weights/log_p50": np.percentile(total, 50),
         "weights/log_p90": np.percentile(total, 90),
@@ -564,6 +499,49 @@ def test_effective_sample_size():
 
     assert ess([0.7] * 4) == pytest.approx(4, rel=1e-6)
     assert ess([20.0, 0.0, 0.0, 0.0]) == pytest.approx(1, rel=1e-6)
+    assert ess([-200.0] * 4) == pytest.approx(4, rel=1e-6)  # each weight is exp(-400): 0 in float32, and in float64 its square
+    assert ess([-200.0, -200.0, -900.0, -900.0]) == pytest.approx(2, rel=1e-6)
+
+
+def test_trouble_with_weights():
+    """Vanished weights, and weights at the cap in over half of the pairs, each with its own words; none where they are at work."""
+    args = tp.parse_args("--loss is_dpo".split())
+
+    def trouble(rho, loss="is_dpo"):
+        args.loss = loss
+        logps = torch.tensor(rho)[:, None].expand(-1, 2)
+        metrics = tp.preference_metrics(args, logps, torch.zeros(len(rho), 2), torch.ones(len(rho), 2))
+        return tp.trouble_with_weights(args, metrics, len(rho))
+
+    assert "left the pairs behind" in trouble([-3.0] * 8)  # exp(-6) = 0.0025
+    assert "left the pairs behind" in trouble([-300.0] * 8)
+    assert trouble([-1.0] * 8) == "" and trouble([0.0] * 8) == ""
+    assert "at the cap" in trouble([1.5] * 5 + [0.0] * 3)
+    assert trouble([1.5] * 4 + [0.0] * 4) == ""
+    assert trouble([1.5] * 8, loss="dpo") == ""  # it has no weights to cap
+
+
+# -------------------------------------------------------------------------------------------------- who wrote the pair
+@pytest.mark.parametrize("base", ["dpo", "ipo"])
+def test_the_samplers_log_probs_give_the_on_policy_loss(base):
+    """Pairs of a bandit drawn by a colder policy than the reference, all 16 enumerated: weighted from what drew them, the mean loss
+    is that of pairs drawn by the policy; weighted from the reference it is another number."""
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda: torch.randn(4, generator=generator, dtype=torch.float64)
+    ref = draw().log_softmax(0)
+    policy = (ref + draw()).log_softmax(0)
+    cold = (ref / 0.5).log_softmax(0)
+    w, l = torch.cartesian_prod(torch.arange(4), torch.arange(4)).unbind(1)
+    logps = policy[w], policy[l], ref[w], ref[l]
+    one = torch.ones(16, dtype=torch.float64)
+    args = tp.parse_args(["--loss", f"is_{base}", "--log_eps", "inf", "--beta", "0.5"])
+    drawn = (cold[w] + cold[l]).exp()
+    on_policy = ((policy[w] + policy[l]).exp() * tp.preference_loss(tp.parse_args(["--loss", base, "--beta", "0.5"]), *logps, one, one)[0]).sum()
+    losses, weights = tp.preference_loss(args, *logps, one, one, torch.stack([cold[w], cold[l]], 1))
+    assert (drawn * weights).sum().item() == pytest.approx(1, abs=1e-12)
+    assert (drawn * weights * losses).sum().item() == pytest.approx(on_policy.item(), rel=1e-12)
+    losses, weights = tp.preference_loss(args, *logps, one, one)
+    assert abs((drawn * weights * losses).sum().item() / on_policy.item() - 1) > 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------- Theorem 1

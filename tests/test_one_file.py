@@ -1,5 +1,6 @@
 """plumbing/one_file.py: a script with its plumbing and the kernel in one file, in an empty folder, does what the script does."""
 
+import ast
 import json
 import os
 import subprocess
@@ -51,3 +52,18 @@ def rows(path):
     """Its steps, without clock and memory."""
     steps = [row for row in map(json.loads, path.read_text().splitlines()) if "step" in row]
     return [{name: value for name, value in row.items() if name not in ("tokens_per_s", "step_s", "mem_gb")} for row in steps]
+
+
+@pytest.mark.parametrize("script", ["train_sft", "train_rm", "train_pref", "evaluate"])
+def test_no_name_is_taken_twice(alone, script):
+    """Joined, the later of two definitions of a name would silently be everybody's; so would an import of that name."""
+    tree = ast.parse((alone / f"{script}.py").read_text(encoding="utf-8"))
+    names = []
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    imported = {alias.asname or alias.name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in node.names}
+    assert sorted(names) == sorted({*names}) and imported.isdisjoint(names)

@@ -1,10 +1,12 @@
 """What a run that is started again goes on with, and what it refuses: files damaged, edited or of something else."""
 
+import hashlib
 import json
 import math
 import random
 import shutil
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -59,8 +61,8 @@ def test_four_ranks(run_script, tiny_llama, data, tmp_path, script):
 @pytest.mark.parametrize("form", ["1", "2 --shard"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_saved_in_bf16_resumes_in_float32(run_script, model_dir, data, tmp_path, script, form):
-    """--save_dtype bf16: the model is bf16, rounded from what a float32 run saves, and transformers loads it; what a
-    resumed run goes on with is not rounded."""
+    """--save_dtype bf16: final/ is bf16, rounded from what a float32 run saves, and transformers loads it; checkpoints
+    are those of a float32 run, and what a resumed run goes on with is not rounded."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     cli, world, more = partial(run_script(script), world=int(form[0])), int(form[0]), form.split()[1:]
@@ -71,19 +73,42 @@ def test_saved_in_bf16_resumes_in_float32(run_script, model_dir, data, tmp_path,
     assert metrics_of(tmp_path / "fp32") == metrics_of(tmp_path / "bf16")
     whole = load_file(tmp_path / "fp32" / "final" / "model.safetensors")
     for name in ("step_000002", "step_000004"):
-        halves, full = tmp_path / "bf16" / name, tmp_path / "fp32" / name
-        for moment in ("exp_avg", "exp_avg_sq"):
-            same = [(run / "trainer" / moment / "model.safetensors").read_bytes() for run in (halves, full)]
-            assert same[0] == same[1]
-        master = load_file(halves / "trainer" / "weights" / "model.safetensors")
-        tensors = load_file(full / "model.safetensors")
-        assert master.keys() == tensors.keys() and all(torch.equal(master[key], tensors[key]) for key in tensors)
+        contents = lambda out: {p.relative_to(out): p.read_bytes() for p in (out / name).rglob("*") if p.is_file()}
+        assert contents(tmp_path / "bf16") == contents(tmp_path / "fp32")
     saved = load_file(tmp_path / "bf16" / "final" / "model.safetensors")
     assert saved.keys() == whole.keys() and {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     assert all(torch.equal(saved[key], whole[key].bfloat16()) for key in whole)
     auto = AutoModelForSequenceClassification if script == "train_rm" else AutoModelForCausalLM
     theirs = auto.from_pretrained(tmp_path / "bf16" / "final")
     assert theirs.dtype == torch.bfloat16 and all(torch.equal(p, saved[key]) for key, p in theirs.named_parameters())
+
+
+def say_random_states(model, script):
+    """From now on the run says, before its first step, after each and at its end, a hash of all global random states."""
+    import numpy as np
+
+    module = sys.modules[script]
+
+    def say():
+        states = torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
+        print("random state", hashlib.sha256(repr(states).encode()).hexdigest())
+
+    def then_say(function):
+        return lambda *args, **kwargs: (function(*args, **kwargs), say())[0]
+
+    for name in ("catch_signals", "save_or_stop", "save_checkpoint"):
+        setattr(module, name, then_say(getattr(module, name)))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_draws_once_training_has_begun(run_script, model_dir, data, tmp_path, script):
+    """So a checkpoint needs no random state: that before the first step is that after each, evaluated or saved, and after
+    final/, fresh and resumed."""
+    argv = flags(model_dir, data, tmp_path / "run", max_steps=4, save_every=2, eval_data=data, eval_every=2)
+    said = run_script(script)(*argv, action=partial(say_random_states, script=script)).ok().out
+    states = [line for line in said.splitlines() if line.startswith("random state")]
+    assert len(states) == 1 + 4 + 2 + 1 and len({*states}) == 1, states
+    assert not list((tmp_path / "run").rglob("rng*"))
 
 
 def test_keep_state(run_script, model_dir, data, tmp_path):
@@ -227,11 +252,9 @@ def test_a_reference_that_gives_nan(run_script, model_dir, data, tmp_path):
     assert not (tmp_path / "run" / "ref_logps.safetensors").exists()
 
 
-def test_the_spread_is_said_when_resumed(run_script, model_dir, data, tmp_path):
-    """How far the policy before step 1 was from the reference that it is: of rounding, and known again on resume."""
+def test_the_spread_is_said(run_script, model_dir, data, tmp_path):
+    """How far the policy before step 1 was from the reference that it is: rounding."""
     argv = flags(model_dir, data, tmp_path / "run", **SHORT)
     first = run_script("train_pref")(*argv, call=2, action=signal.SIGTERM).out
     (line,) = [line for line in first.splitlines() if line.startswith("before step 1 ")]
     assert float(line.split("at most ")[1].split()[0]) < 1e-3
-    (resumed,) = [line for line in run_script("train_pref")(*argv).ok().out.splitlines() if "resumed from" in line]
-    assert resumed.endswith(line)

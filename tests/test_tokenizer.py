@@ -529,7 +529,7 @@ def test_a_saved_model_stops_at_both(instruct, tiny_llama, tmp_path, process_gro
         path.unlink()
     (source / "generation_config.json").unlink()
     files = train_pref.model_files(source, tokenizer, assistant_stop_id(tokenizer))
-    train_pref.save_checkpoint(out, train_pref.load_weights(model, source), tokenizer, files, "fp32")
+    train_pref.save_checkpoint(out, model=train_pref.load_weights(model, source), tokenizer=tokenizer, files=files, run="")
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert sorted(loaded.generation_config.eos_token_id) == sorted([eos, stop])
     for end, n_new in ((eos, 3), (stop, 3), (65, 8)):  # the third token is forced

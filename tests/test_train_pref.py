@@ -145,8 +145,8 @@ def summed_gradients(model, pairs, ref_logps, monkeypatch, **values):
         return 0.0, bool(finite)
 
     monkeypatch.setattr(tp, "clip_and_step", take)
-    logps, lengths, _, finite = tp.train_step(model, None, pairs, ref_logps, args, 0, 1, "cpu")
-    assert finite and lengths.tolist() == [[len(p.chosen), len(p.rejected)] for p in pairs]
+    logps, _, finite = tp.train_step(model, None, pairs, ref_logps, args)
+    assert finite
     return logps, grads
 
 
@@ -158,7 +158,7 @@ def test_micro_batches_do_not_wait_for_the_gpu(tiny_llama, tmp_path, process_gro
     args = tp.parse_args([str(x) for x in flags("m", "d", "o", micro_batch_size=2)])
     model = tp.build_model(lambda: tp.Llama(tp.read_config(directory)), process_group, "fp32")
     tp.load_weights(model, directory)
-    step = lambda: tp.train_step(model, None, pairs, torch.zeros(8, 2), args, 0, 1, process_group)
+    step = lambda: tp.train_step(model, None, pairs, torch.zeros(8, 2), args)
     monkeypatch.setattr(tp, "clip_and_step", lambda *_: (0.0, True))
     step()  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
@@ -269,27 +269,26 @@ def test_gradient_is_the_mean_over_pairs_of_the_loss(case, process_group, monkey
     assert gradient_difference(expected, grads) < 1e-12
 
 
-def test_ess_target_is_of_the_whole_step(case, process_group, monkeypatch, doubles):
-    """One power for all micro-batches, found from all of them: autograd through mean(w^a * loss) of plain rows gives the gradient."""
+def test_a_step_weighted_from_the_sampler(case, process_group, monkeypatch, doubles):
+    """The weight's denominator is the sampler's, the loss's the reference's; each pair by itself, in float64."""
     directory, pairs = case
     model = load(directory, torch.float64)
     ref = spread_refs(model, pairs, torch.float64)
-    how = dict(loss="is_dpo", ess_target=0.8)
-    _, grads = summed_gradients(model, pairs, ref, monkeypatch, micro_batch_size=3, **how)
-    _, other = summed_gradients(model, pairs, ref, monkeypatch, micro_batch_size=16, **how)
-    assert gradient_difference(grads, other) < 1e-12
-    logps = torch.stack([model(**tp.collate_pairs([pair], False, "cpu"))[0] for pair in pairs])
-    weights = (logps - ref).sum(1).detach().clamp(max=2.0).exp()
-    low, high = 0.0, 1.0
-    while high - low > 1e-14:
-        a = (low + high) / 2
-        enough = (weights**a).sum() ** 2 / (weights ** (2 * a)).sum() >= 0.8 * len(pairs)
-        low, high = (a, high) if enough else (low, a)
-    assert 0.1 < low < 0.9  # the target binds
-    rho = logps - ref
-    total = (weights**low * -F.logsigmoid(0.1 * (rho[:, 0] - rho[:, 1]))).mean()
+    sampler = ref + torch.linspace(-0.7, 0.4, ref.numel(), dtype=torch.float64).view_as(ref)
+    step = tp.train_step
+    monkeypatch.setattr(tp, "train_step", lambda *how: step(*how, behaviour_logps=sampler))
+    logps, grads = summed_gradients(model, pairs, ref, monkeypatch, micro_batch_size=3, loss="is_dpo")
+    total = 0.0
+    for pair, (rc, rr), (bc, br) in zip(pairs, ref, sampler):
+        pc, pr = model(**tp.collate_pairs([pair], False, "cpu"))[0]
+        weight = ((pc - bc) + (pr - br)).detach().clamp(max=2.0).exp()
+        total = total - weight * F.logsigmoid(0.1 * ((pc - rc) - (pr - rr))) / len(pairs)
     expected = dict(zip((name for name, _ in model.named_parameters()), torch.autograd.grad(total, list(model.parameters()))))
-    assert gradient_difference(expected, grads) < 1e-10
+    assert gradient_difference(expected, grads) < 1e-12
+    args = tp.parse_args([str(x) for x in flags("m", "d", "o", loss="is_dpo")])
+    metrics = tp.preference_metrics(args, logps, ref, tp.pair_lengths(pairs), sampler)
+    assert metrics["loss"] == pytest.approx(total.item(), rel=1e-9)
+    assert metrics["weights/log_p50"] == pytest.approx((logps - sampler).sum(1).quantile(0.5).item(), rel=1e-9)
 
 
 # --------------------------------------------------------------------------------------------- steps, in this process
@@ -422,13 +421,13 @@ def test_files_of_a_run(cli, model_dir, data, tmp_path):
     assert [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3])
     promised = ("loss loss/unweighted rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected grad_norm"
                 " learning_rate epoch num_tokens ratio/chosen ratio/rejected weights/mean weights/ess weights/capped"
-                " weights/power weights/log_p10 weights/log_p50 weights/log_p90").split()
+                " pairs weights/log_p10 weights/log_p50 weights/log_p90").split()
     assert all(line.keys() >= set(promised) and all(line[name] is not None for name in promised) for line in lines)
     tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
     assert lines[2]["num_tokens"] == tokens  # after one epoch
     manifest = json.loads((out / "step_000005" / "manifest.json").read_text())
     files = {str(p.relative_to(out / "step_000005")) for p in (out / "step_000005").rglob("*") if p.is_file()}
-    assert set(manifest) == files - {"manifest.json"} and (out / "final" / "trainer").exists() is False
+    assert set(manifest) == files - {"manifest.json"} | {"run"} and (out / "final" / "trainer").exists() is False
     assert (out / "final" / "model.safetensors").read_bytes() == (out / "step_000005" / "model.safetensors").read_bytes()
 
 
@@ -460,18 +459,6 @@ def test_ranks(cli, lone_run, model_dir, tmp_path, world, form, micro):
     assert torch.equal(a["index"], b["index"])
     for x, y in zip(metrics_of(alone), metrics_of(out), strict=True):
         assert x == pytest.approx(y, rel=1e-3, abs=1e-4)  # averages of the whole batch, not of rank 0's part
-
-
-def test_ess_target_on_two_ranks(cli, model_dir, data, tmp_path):
-    """The power is of the pairs of all ranks: the same run in one micro-batch of one rank and in small ones on two."""
-    for out, world, micro in ((tmp_path / "one", 1, 8), (tmp_path / "two", 2, 3)):
-        cli(*flags(model_dir, data, out, loss="is_dpo", ess_target=0.9, lr=1e-2, epochs=2, batch_size=8, micro_batch_size=micro),
-            world=world).ok()
-    assert largest_difference(tmp_path / "one" / "final" / "model.safetensors", tmp_path / "two" / "final" / "model.safetensors") < 1e-5
-    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert one[0]["weights/power"] == 1 and min(line["weights/power"] for line in one) < 0.9
-    for x, y, n in zip(one[1:], two[1:], [8, 4, 8, 8, 4], strict=True):  # the first step's accuracy is rounding alone
-        assert x == pytest.approx(y, rel=1e-3, abs=1e-4) and x["weights/ess"] >= 0.9 * n - 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming

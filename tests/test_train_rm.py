@@ -167,13 +167,13 @@ def test_shared_prompt_equals_plain_rows(request, which, plain_prompt, pairs, pr
     rewards = []
     for form, micro in (("--shared_prompt", 26), ("--no-shared_prompt", 26), ("--shared_prompt", 3)):
         args = rm.parse_args([str(x) for x in flags("m", "d", "o", form, micro_batch_size=micro, center=0.01)])
-        rewards.append(rm.reward_step(model, None, pairs, args, 0, 1, "cpu")[0])
+        rewards.append(rm.reward_step(model, None, pairs, args)[0])
     for other in (1, 2):
         torch.testing.assert_close(rewards[0], rewards[other], rtol=1e-5, atol=1e-5)
         for name, grad in grads[0].items():
             assert (grad - grads[other][name]).norm() <= 1e-4 * grad.norm(), name
     args = rm.parse_args([str(x) for x in flags("m", "d", "o")])
-    torch.testing.assert_close(rm.all_rewards(model, pairs, args, 0, 1, "cpu", ""), rewards[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rm.all_rewards(model, pairs, args, ""), rewards[0], rtol=1e-5, atol=1e-5)
     # The gradient is that of the mean over pairs, worked out by autograd on every pair alone.
     alone = [rm.bradley_terry_loss(*model(**rm.collate_responses([p], False, "cpu"))[:, 0], center=0.01) for p in pairs]
     torch.stack(alone).mean().backward()
@@ -443,3 +443,20 @@ def test_nothing_is_defined_and_not_used():
     names = [name for name, value in vars(rm).items() if getattr(value, "__module__", "") == "train_rm" and
              (inspect.isfunction(value) or inspect.isclass(value))]
     assert len(names) > 25 and [name for name in names if len(re.findall(rf"\b{name}\b", SOURCE)) < 2] == []
+
+
+def test_an_idle_rank_skips_no_step_for_a_pair_elsewhere(run_script, model_dir, tmp_path):
+    """A pair whose loss is NaN ends the updates of the steps that hold it and of no other, also where a rank runs out of pairs and
+    computes one times 0, and where DDP's first backward is of that very pair."""
+    def poison(tensors):
+        tensors["model.embed_tokens.weight"][ord("~")] = math.nan
+
+    poisoned = rewrite(model_dir, tmp_path / "poisoned", poison)
+    rows = [dict(prompt=f"p{k}:", chosen="Aa~" if k == 0 else "Aa", rejected="Bbb") for k in range(5)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = flags(poisoned, data, tmp_path / "run", batch_size=4, epochs=3, max_steps=0, micro_batch_size=1, warmup_steps=0)
+    run_script("train_rm")(*argv, world=2).ok()
+    skipped = [line["skipped"] for line in metrics_of(tmp_path / "run")]
+    in_step = [any(i == 0 for i in rm.epoch_order(5, 0, epoch)[start : start + 4]) for epoch in range(3) for start in (0, 4)]
+    assert skipped == np.cumsum(in_step).tolist() and skipped[-1] == 3

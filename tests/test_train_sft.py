@@ -77,7 +77,7 @@ def test_loss_and_gradient_equal_transformers(loaded, model_dir):
     model, examples = loaded
     n_tokens = loss_tokens(examples)
     model.zero_grad()
-    loss = sft.step_loss(model, examples, Args, 0, 1, "cpu", train=True).item()
+    loss = sft.step_loss(model, examples, Args, train=True).item()
     nll, grads = transformers_nll(model_dir, examples)
     assert loss == pytest.approx(nll / n_tokens, abs=1e-5)
     for name, param in model.named_parameters():
@@ -99,7 +99,7 @@ def test_loss_on_the_padded_batch_that_transformers_averages(loaded, model_dir):
         attention[b, : len(row)] = 1
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(model_dir)(ids, attention_mask=attention, labels=labels).loss.item()
-    assert sft.step_loss(model, examples, Args, 0, 1, "cpu", train=False).item() == pytest.approx(theirs, abs=1e-5)
+    assert sft.step_loss(model, examples, Args, train=False).item() == pytest.approx(theirs, abs=1e-5)
 
 
 def test_an_example_sees_itself_alone(loaded):
