@@ -428,6 +428,8 @@ def parse_args(argv=None):
     add(models, "--batch_size", type=int, default=64, help="completions a rank at a time: less takes less memory")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     add(models, "--precision", choices=["bf16", "fp32", "fp64"], default=precision, help="of weights and products")
+    add(models, "--chat_template_kwargs", type=json_object, metavar="JSON", help="given to the chat template, as"
+        ' {"enable_thinking": false}')
     add(models, "--preset", choices=list(PRESETS), help="defaults (None: toy, or paper if a model or data is given)")
     add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
     add(models, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
@@ -547,11 +549,14 @@ def render_prompt(tokenizer, content, tools, model):
     return apply_template(tokenizer, content, tools, add_generation_prompt=True)
 
 
-def prompt_ids(text, tokenizer, vocab_size, args, cut, where):
-    """The ids of a prompt's text, its end where it is too long, which is counted in `cut`. Raises SkipRow."""
-    ids = encode(tokenizer, [text], vocab_size)[0]
-    ids, excess = truncate_prompt(ids, tokenizer, args.max_prompt_length)
-    if excess:
+def prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where):
+    """The ids of a prompt's text, as the trainers make them; its end where it is too long, which is counted in `cut`.
+    rendered: by a chat template. Raises SkipRow."""
+    ids = encode(tokenizer, [text])[0]
+    require_known(ids, vocab_size)
+    ids, n_cut = finish_prompt(ids, tokenizer, begin=[] if rendered else text_begin(tokenizer),
+                               max_prompt_length=args.max_prompt_length)
+    if n_cut:
         count_skip(cut, "prompt", where)
     return ids
 
@@ -630,15 +635,15 @@ def scored_ids(tokenizer, prompt, tools, responses, vocab_size, args):
     return x, ys
 
 
-def load_model(name, make, precision, device):
+def load_model(name, make, args, device):
     """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products, but
     for a reward model's head, which is float32 as in training."""
     directory = find_model(name)
-    model = load_weights(build_model(lambda: make(read_config(directory)), device, precision), directory)
+    model = load_weights(build_model(lambda: make(read_config(directory)), device, args.precision), directory)
     model.model.to(model.model.dtype)
     if getattr(model, "lm_head", None) is not None:
         model.lm_head.to(model.model.dtype)
-    return model.eval(), load_tokenizer(directory), directory
+    return model.eval(), load_tokenizer(directory, args.chat_template_kwargs), directory
 
 
 def check_room(c, directory, length, args):
@@ -1860,29 +1865,39 @@ def main():
 
 # ================================================================================= Shared by the scripts: read it once
 # --- shared: demonstration (train_sft, evaluate) ---
+# The forms of a row, in the order in which they count; those of one column hold the prompt, or have none.
+DEMONSTRATIONS = [("prompt", "completion"), ("messages",), ("text",), ("prompt", "chosen"), ("chosen",),
+                  ("completion",)]
+
+
 def split_demonstration(row):
-    """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text};
-    {prompt, completion}; {messages}, of which the last is the completion; preference rows, of which the chosen response
-    is (HH's have the prompt inside)."""
-    prompt, completion = row.get("prompt"), row.get("completion", row.get("chosen"))
-    if "text" in row:
-        prompt, completion = None, row["text"]
-    elif isinstance(row.get("messages"), list):
-        prompt, completion = row["messages"][:-1], row["messages"][-1:]
-    elif isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
-        prompt, completion = completion[:-1], completion[-1:]
-    elif prompt is None or not {"completion", "chosen"} & row.keys():
+    """A data row -> prompt or None, completion: texts, or lists of messages; the columns that were read. Raises
+    SkipRow(kind). Of messages the last is the completion, of a preference the chosen response is; HH's have the prompt
+    inside. Null is as good as absent."""
+    filled = {column for column, value in row.items() if value is not None}
+    columns = next((form for form in DEMONSTRATIONS if filled.issuperset(form)), None)
+    if columns is None:
+        raise lacking(row, "prompt and completion")
+    prompt = row[columns[0]] if len(columns) == 2 else None
+    completion = row[columns[-1]]
+    if isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
+        columns = columns[-1:]
+        prompt = completion[:-1]
+        completion = completion[-1:]
+    elif prompt is None and columns != ("text",) and isinstance(completion, str):
         marker = "\n\nAssistant:"
-        if not isinstance(completion, str) or marker not in completion:
-            raise SkipRow(f"no prompt and completion, keys: {[*row]}"[:120])
-        cut = completion.rfind(marker) + len(marker)
-        prompt, completion = completion[:cut], completion[cut:]
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        if not isinstance(completion, str) or not isinstance(prompt, str | None):
-            raise SkipRow("wrong types")
-        if not completion.strip():
-            raise SkipRow("empty completion")
-    return prompt, completion
+        if marker not in completion:
+            raise lacking(row, "prompt and completion")
+        end = completion.rfind(marker) + len(marker)
+        prompt = completion[:end]
+        completion = completion[end:]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return prompt, completion, columns
+    if not isinstance(completion, str) or not isinstance(prompt, str | None):
+        raise wrong_types(row, columns)
+    if not completion.strip():
+        raise SkipRow("empty completion")
+    return prompt, completion, columns
 # --- end shared: demonstration ---
 
 

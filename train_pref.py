@@ -19,7 +19,6 @@ batch sizes in pairs; a step is an optimizer step.  pi: policy, ref: reference, 
 
 import argparse
 import functools
-import itertools
 import math
 import os
 import random
@@ -42,11 +41,12 @@ from tqdm import tqdm
 
 from kernels.logprob import linear_sequence_logps
 from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint
-from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
+from plumbing.data import (RowTexts, SkipRow, assistant_stop_id, is_verbatim, lacking, load_rows, load_tokenizer,
+                           read_behaviour, render_chat, wrong_types)
 from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json,
                               read_tensors, run_main, write_tensors)
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
-                          parse_with_preset, run_header, save_or_stop, step_metrics)
+from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
+                          is_due, model_card, open_tracker, parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
 # ---------------------------------------------------------------------------------------------------------- the losses
@@ -214,7 +214,7 @@ def trouble_with_weights(args, metrics, n_pairs):
 HERE = Path(__file__).resolve().parent
 # Appendix C of the paper; the 512 prompt tokens are its released code's.
 PAPER = dict(model="out/sft-tldr+hh/final", max_length=640, max_prompt_length=512, batch_size=64, micro_batch_size=4,
-             lr=1e-6, warmup_steps=100, beta=0.05, save_every=200, eval_every=200, keep_state=1)
+             lr=1e-6, warmup_steps=100, beta=0.05, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/sft", data=f"{HERE}/toy/truth_pairs.jsonl.gz", epochs=2, max_length=128,
                 eval_data=f"{HERE}/toy/truth_pairs_eval.jsonl.gz", max_prompt_length=96, batch_size=32, lr=2e-4,
@@ -382,11 +382,12 @@ def main():
     config = read_config(begin_dir)
     ref_config = read_config(ref_dir)
     check_length(config, model_dir, args.max_length)
-    tokenizer = load_tokenizer(model_dir)
-    limits = (tokenizer, min(config.vocab_size, ref_config.vocab_size), args.max_length, args.max_prompt_length)
-    pairs = load_rows(out / "data.safetensors", header, Pair, split_pair, args.data, False, RECIPES, *limits)
-    eval_path = out / "data_eval.safetensors"
-    eval_pairs = load_rows(eval_path, header, Pair, split_pair, args.eval_data, True, RECIPES, *limits)
+    tokenizer = load_tokenizer(model_dir, args.chat_template_kwargs)
+    reading = dict(row_type=Pair, split=split_pair, recipes=RECIPES, tokenizer=tokenizer,
+                   vocab_size=min(config.vocab_size, ref_config.vocab_size),
+                   max_length=args.max_length, max_prompt_length=args.max_prompt_length)
+    pairs = load_rows(out / "data.safetensors", header, source=args.data, held_out=False, **reading)
+    eval_pairs = load_rows(out / "data_eval.safetensors", header, source=args.eval_data, held_out=True, **reading)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     cap = f"{2 * args.log_eps:g}" if args.loss in WEIGHTED else "none"
@@ -430,8 +431,7 @@ def main():
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     print_rank0(f"{args.loss}: {size:.2f}M parameters, {len(pairs)} pairs, {total} steps of {args.batch_size}, beta"
                 f" {args.beta:g}, weight cap {cap} nats, {world} x {header['device']}, {args.precision} -> {out}")
-    if args.warmup_steps >= total:
-        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+    announce_schedule(args, "pairs", len(pairs), total)
 
     def save(directory):
         save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
@@ -456,31 +456,32 @@ def main():
         # Log
         step_s = time.perf_counter() - step_began
         n_tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in batch)  # as TRL counts
+        if step == 1 and ref_dir == model_dir:  # the policy is the reference still: what differs is rounding
+            spread = (logps.cpu() - ref_logps[picked]).abs().max().item()
+            print_rank0(f"before step 1 |log pi - log ref| was at most {spread:.1e} nats: rounding")
         count_step(state, applied=applied, n_tokens=n_tokens)
         metrics = {"pairs": len(batch)}
         metrics |= preference_metrics(args, logps.cpu(), ref_logps[picked], pair_lengths(batch))
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_pairs and is_due(step, args.eval_every, total):
+        if eval_pairs and is_due(step, interval(args.eval_every, total), total):
             eval_logps = all_logps(policy, eval_pairs, args, "evaluation")
             evaluated = preference_metrics(args, eval_logps, eval_ref_logps, pair_lengths(eval_pairs))
             metrics |= {f"eval_{name}": value for name, value in evaluated.items()}
         log.write(step, metrics, step_line(step, total, metrics), applied)
-        if step == 1 and ref_dir == model_dir:  # the policy is the reference still: what differs is rounding
-            spread = (logps.cpu() - ref_logps[picked]).abs().max().item()
-            print_rank0(f"before step 1 |log pi - log ref| was at most {spread:.1e} nats: rounding")
         last_trouble, trouble = trouble, trouble_with_weights(args, metrics, len(batch))
         steps_of_trouble = steps_of_trouble + 1 if trouble == last_trouble else 1
         if trouble and steps_of_trouble == min(10, total):
             print_rank0(f"warning: for {steps_of_trouble} steps {trouble}")
 
         # Save, stop
-        code = save_or_stop(out, state, signals, save, save_every=args.save_every, keep=args.keep,
+        code = save_or_stop(out, state, signals, save, save_every=interval(args.save_every, total), keep=args.keep,
                             keep_state=args.keep_state)
         if code:
             return code
 
     log.close()
+    files |= {"README.md": model_card(header, "AutoModelForCausalLM")}
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; policy in {out}/final")
@@ -521,31 +522,50 @@ class Pair(NamedTuple):
 
 
 def split_pair(row, tokenizer):
-    """A data row -> prompt, [chosen, rejected] as texts. Raises SkipRow(kind). Prompts may be implicit: HH's strings
+    """A data row -> RowTexts of prompt, [chosen, rejected]. Raises SkipRow(kind). Prompts may be implicit: HH's strings
     share all up to the last common "\\n\\nAssistant:", conversations share their first messages."""
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    keys = f"keys: {[*row]}"[:80]
+    prompt = row.get("prompt")
+    chosen = row.get("chosen")
+    rejected = row.get("rejected")
+    columns = ("prompt", "chosen", "rejected", "chosen_logps", "rejected_logps")
     if not {"chosen", "rejected"} <= row.keys():
-        raise SkipRow(f"no chosen and rejected, {keys}")
+        raise lacking(row, "chosen and rejected")
     if chosen and chosen == rejected:
         raise SkipRow("identical responses")
+    logps = (read_behaviour(row, "chosen_logps"), read_behaviour(row, "rejected_logps"))
     if isinstance(chosen, list) and isinstance(rejected, list):
         if not isinstance(prompt, list):
-            common = sum(itertools.takewhile(bool, (a == b for a, b in zip(chosen, rejected))))
-            prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
-        renders = [render_chat(tokenizer, prompt, response, row.get("tools")) for response in (chosen, rejected)]
-        return renders[0][0], [response for _, response in renders]
-    if not isinstance(chosen, str) or not isinstance(rejected, str) or not isinstance(row.get("prompt", ""), str):
-        raise SkipRow("wrong types")
+            n = common_length(chosen, rejected)
+            prompt = chosen[:n]
+            chosen = chosen[n:]
+            rejected = rejected[n:]
+        prompt_text, chosen_text = render_chat(tokenizer, prompt, chosen, row.get("tools"))
+        _, rejected_text = render_chat(tokenizer, prompt, rejected, row.get("tools"))
+        verbatim = (is_verbatim(chosen, chosen_text), is_verbatim(rejected, rejected_text))
+        return RowTexts(prompt=prompt_text, responses=[chosen_text, rejected_text], rendered=True,
+                        columns=(*columns, "tools"), behaviour_logps=logps, verbatim=verbatim)
+    if not isinstance(chosen, str) or not isinstance(rejected, str) or not isinstance(prompt, str | None):
+        raise wrong_types(row, columns[:3])
     if prompt is None:
         marker = "\n\nAssistant:"
-        cut = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
-        if cut < len(marker) or marker in chosen[cut:] or marker in rejected[cut:]:
-            raise SkipRow("prompt mismatch" if marker in chosen else f"no prompt, {keys}")
-        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+        end = os.path.commonprefix([chosen, rejected]).rfind(marker) + len(marker)
+        if end < len(marker) or marker in chosen[end:] or marker in rejected[end:]:
+            raise SkipRow("prompt mismatch") if marker in chosen else lacking(row, "prompt")
+        prompt = chosen[:end]
+        chosen = chosen[end:]
+        rejected = rejected[end:]
     if not chosen.strip() or not rejected.strip():
         raise SkipRow("empty response")
-    return prompt, [chosen, rejected]
+    return RowTexts(prompt=prompt, responses=[chosen, rejected], rendered=False, columns=columns, behaviour_logps=logps,
+                    verbatim=(True, True))
+
+
+def common_length(a, b):
+    """How many first items two lists share."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
 
 
 def pair_rows(pairs, shared_prompt):

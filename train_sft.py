@@ -35,10 +35,11 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.logprob import linear_sequence_logps
 from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint, shard_like
-from plumbing.data import SkipRow, assistant_stop_id, load_rows, load_tokenizer, render_chat
+from plumbing.data import (RowTexts, SkipRow, assistant_stop_id, lacking, load_rows, load_tokenizer, render_chat,
+                           wrong_types)
 from plumbing.process import UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json, run_main
-from plumbing.run import (Parser, StepLog, checkpoint_to_resume, common_flags, count_step, is_due, open_tracker,
-                          parse_with_preset, run_header, save_or_stop, step_metrics)
+from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
+                          is_due, model_card, open_tracker, parse_with_preset, run_header, save_or_stop, step_metrics)
 
 
 # ------------------------------------------------------------------------------------------ examples, packing, the loss
@@ -51,11 +52,13 @@ class Example(NamedTuple):
 
 
 def split_example(row, tokenizer):
-    """A data row -> prompt or None, [completion] as texts. Raises SkipRow(kind)."""
-    prompt, completion = split_demonstration(row)
-    if isinstance(completion, list):
+    """A data row -> RowTexts of prompt or None, [completion]. Raises SkipRow(kind)."""
+    prompt, completion, columns = split_demonstration(row)
+    rendered = isinstance(completion, list)
+    if rendered:
         prompt, completion = render_chat(tokenizer, prompt, completion, row.get("tools"))
-    return prompt, [completion]
+        columns = (*columns, "tools")
+    return RowTexts(prompt=prompt, responses=[completion], rendered=rendered, columns=columns)
 
 
 def pack(lengths, capacity):
@@ -144,7 +147,7 @@ def init_weights(model, std, seed):
 HERE = Path(__file__).resolve().parent
 # Appendix C of the paper; the 512 prompt tokens are its released code's.
 PAPER = dict(model="meta-llama/Llama-3.2-3B", epochs=1, max_length=640, max_prompt_length=512, batch_size=64,
-             micro_batch_size=4, lr=1e-6, warmup_steps=100, save_every=500, eval_every=500, keep_state=1)
+             micro_batch_size=4, lr=1e-6, warmup_steps=100, keep_state=1)
 PRESETS = {
     "toy": dict(model=f"{HERE}/toy/base/config.json", data=f"{HERE}/toy/sft.jsonl.gz",
                 eval_data=f"{HERE}/toy/sft_eval.jsonl.gz", epochs=4, max_length=128, max_prompt_length=96,
@@ -191,11 +194,11 @@ def main():
     begin_dir = resumed or model_dir
     config = read_config(begin_dir)
     check_length(config, model_dir, args.max_length)
-    tokenizer = load_tokenizer(model_dir)
-    limits = (tokenizer, config.vocab_size, args.max_length, args.max_prompt_length)
-    examples = load_rows(out / "data.safetensors", header, Example, split_example, args.data, False, RECIPES, *limits)
-    eval_path = out / "data_eval.safetensors"
-    eval_examples = load_rows(eval_path, header, Example, split_example, args.eval_data, True, RECIPES, *limits)
+    tokenizer = load_tokenizer(model_dir, args.chat_template_kwargs)
+    reading = dict(row_type=Example, split=split_example, recipes=RECIPES, tokenizer=tokenizer,
+                   vocab_size=config.vocab_size, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
+    examples = load_rows(out / "data.safetensors", header, source=args.data, held_out=False, **reading)
+    eval_examples = load_rows(out / "data_eval.safetensors", header, source=args.eval_data, held_out=True, **reading)
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     header |= dict(examples=len(examples), steps=total)
@@ -221,8 +224,7 @@ def main():
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     print_rank0(f"sft: {size:.2f}M parameters, {len(examples)} examples, {total} steps of {args.batch_size}, {world} x"
                 f" {header['device']}, {args.precision} -> {out}")
-    if args.warmup_steps >= total:
-        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+    announce_schedule(args, "examples", len(examples), total)
 
     def save(directory):
         save_checkpoint(directory, model=policy, tokenizer=tokenizer, files=files, run=header["run"],
@@ -250,7 +252,7 @@ def main():
         metrics = {"loss": loss.item()}
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
-        if eval_examples and is_due(step, args.eval_every, total):
+        if eval_examples and is_due(step, interval(args.eval_every, total), total):
             metrics["eval_loss"] = step_loss(policy, eval_examples, args, train=False).item()
         line = (f"step {step}/{total} | loss {metrics['loss']:.4f} | norm {grad_norm:.3f} | lr {lr:.2e}"
                 f" | {1e3 * step_s:.0f} ms | {metrics['tokens_per_s']:.0f} tok/s")
@@ -259,12 +261,13 @@ def main():
         log.write(step, metrics, line, applied)
 
         # Save, stop
-        code = save_or_stop(out, state, signals, save, save_every=args.save_every, keep=args.keep,
+        code = save_or_stop(out, state, signals, save, save_every=interval(args.save_every, total), keep=args.keep,
                             keep_state=args.keep_state)
         if code:
             return code
 
     log.close()
+    files |= {"README.md": model_card(header, "AutoModelForCausalLM")}
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
@@ -273,29 +276,39 @@ def main():
 
 # ================================================================================= Shared by the scripts: read it once
 # --- shared: demonstration (train_sft, evaluate) ---
+# The forms of a row, in the order in which they count; those of one column hold the prompt, or have none.
+DEMONSTRATIONS = [("prompt", "completion"), ("messages",), ("text",), ("prompt", "chosen"), ("chosen",),
+                  ("completion",)]
+
+
 def split_demonstration(row):
-    """A data row -> prompt or None, completion: texts, or lists of messages. Raises SkipRow(kind). Takes {text};
-    {prompt, completion}; {messages}, of which the last is the completion; preference rows, of which the chosen response
-    is (HH's have the prompt inside)."""
-    prompt, completion = row.get("prompt"), row.get("completion", row.get("chosen"))
-    if "text" in row:
-        prompt, completion = None, row["text"]
-    elif isinstance(row.get("messages"), list):
-        prompt, completion = row["messages"][:-1], row["messages"][-1:]
-    elif isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
-        prompt, completion = completion[:-1], completion[-1:]
-    elif prompt is None or not {"completion", "chosen"} & row.keys():
+    """A data row -> prompt or None, completion: texts, or lists of messages; the columns that were read. Raises
+    SkipRow(kind). Of messages the last is the completion, of a preference the chosen response is; HH's have the prompt
+    inside. Null is as good as absent."""
+    filled = {column for column, value in row.items() if value is not None}
+    columns = next((form for form in DEMONSTRATIONS if filled.issuperset(form)), None)
+    if columns is None:
+        raise lacking(row, "prompt and completion")
+    prompt = row[columns[0]] if len(columns) == 2 else None
+    completion = row[columns[-1]]
+    if isinstance(completion, list) and not isinstance(prompt, list):  # the prompt is in the conversation
+        columns = columns[-1:]
+        prompt = completion[:-1]
+        completion = completion[-1:]
+    elif prompt is None and columns != ("text",) and isinstance(completion, str):
         marker = "\n\nAssistant:"
-        if not isinstance(completion, str) or marker not in completion:
-            raise SkipRow(f"no prompt and completion, keys: {[*row]}"[:120])
-        cut = completion.rfind(marker) + len(marker)
-        prompt, completion = completion[:cut], completion[cut:]
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        if not isinstance(completion, str) or not isinstance(prompt, str | None):
-            raise SkipRow("wrong types")
-        if not completion.strip():
-            raise SkipRow("empty completion")
-    return prompt, completion
+        if marker not in completion:
+            raise lacking(row, "prompt and completion")
+        end = completion.rfind(marker) + len(marker)
+        prompt = completion[:end]
+        completion = completion[end:]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return prompt, completion, columns
+    if not isinstance(completion, str) or not isinstance(prompt, str | None):
+        raise wrong_types(row, columns)
+    if not completion.strip():
+        raise SkipRow("empty completion")
+    return prompt, completion, columns
 # --- end shared: demonstration ---
 
 

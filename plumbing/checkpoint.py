@@ -183,7 +183,8 @@ def save_checkpoint(directory, *, model, tokenizer, files, run, save_dtype="fp32
         if optimizer is not None:
             contents["trainer/state.json"] = state
         for name, content in contents.items():
-            (aside / name).write_text(to_json(content, indent=2), encoding="utf-8")
+            text = content if isinstance(content, str) else to_json(content, indent=2)
+            (aside / name).write_text(text, encoding="utf-8")
         try:
             tokenizer.save_pretrained(aside)
         except Exception as error:  # of no narrower class: what `tokenizers` raises when the disk is full

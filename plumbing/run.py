@@ -25,12 +25,22 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is said by one rank, once."""
 
     def __init__(self, **kwargs):
-        super().__init__(**dict(usage="python %(prog)s [flags]", allow_abbrev=False) | kwargs)
+        ours = dict(usage="python %(prog)s [flags]", allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(**ours | kwargs)
 
     def error(self, message):
         wrong = UserError(f"{message} (--help lists the flags)")
         wrong.code = 2
         raise wrong
+
+
+def json_object(text):
+    """A flag's value that is a JSON object. Raises ValueError, which argparse makes an error of."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
 
 
 def check_ranges(parser, args, positive, signed=()):
@@ -48,38 +58,42 @@ def common_flags(parser):
     """The flags every trainer has. An example is a pair or a demonstration."""
     add = parser.add_argument_group("what to train on").add_argument
     add("--preset", help="a set of defaults; a flag given wins (toy, or paper if --model or --data is given)")
-    add("--model", help="start: model directory, Hub id or, in train_sft.py, a config.json: random weights (preset)")
-    add("--data", help="training data: .jsonl, .json, .csv, .parquet, recipe name or Hub id; a+b pools two (preset)")
-    add("--eval_data", help="held-out data, likewise; '' for none (preset)")
-    add("--max_length", type=int, help="tokens of prompt + response at most (preset)")
-    add("--max_prompt_length", type=int, help="tokens of the prompt, which keeps its end, at most (preset)")
+    add("--model", help="start: model directory, Hub id or, in train_sft.py, a config.json: random weights")
+    add("--data", help="training data: .jsonl, .json, .csv, .parquet, recipe name or Hub id; a+b pools two")
+    add("--eval_data", help="held-out data, likewise; '' for none")
+    add("--max_length", type=int, help="tokens of prompt + response at most")
+    add("--max_prompt_length", type=int, help="tokens of the prompt, which keeps its end, at most")
+    add("--chat_template_kwargs", type=json_object, metavar="JSON", help="given to the chat template, as"
+        ' {"enable_thinking": false} or {"date_string": "1 Jan 2026"} (None)')
     add = parser.add_argument_group("the run").add_argument
     add("--out", help="run directory; run again with it to resume (named after the flags, in out/)")
-    add("--seed", type=int, default=0, help="seed of the data order and of random weights (0)")
-    add("--epochs", type=int, help="passes over the data (preset)")
+    add("--seed", type=int, default=0, help="seed of the data order and of random weights")
+    add("--epochs", type=int, help="passes over the data")
     add("--max_steps", type=int, default=0, help="stop after this many optimizer steps; 0: no limit")
-    add("--batch_size", type=int, help="examples per optimizer step, over all ranks (preset)")
-    add("--lr", type=float, help="peak learning rate; cosine to a tenth of it (preset)")
-    add("--warmup_steps", type=int, help="optimizer steps of linear warm-up; 0: none (preset)")
-    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping (1.0)")
-    add("--save_every", type=int, help="optimizer steps between checkpoints; 0: only on a signal (preset)")
+    add("--batch_size", type=int, help="examples per optimizer step, over all ranks")
+    add("--lr", type=float, help="peak learning rate; cosine to a tenth of it")
+    add("--warmup_steps", type=int, help="optimizer steps of linear warm-up; 0: none")
+    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
+    add("--save_every", type=int, help="optimizer steps between checkpoints; 0: only on a signal; None: 200, in a short"
+        " run a tenth of it")
     add("--keep", type=int, default=0, help="newest checkpoints kept; 0: all")
-    add("--keep_state", type=int, default=0, help="newest checkpoints that keep optimizer state; 0: all (preset)")
-    add("--save_dtype", choices=["fp32", "bf16"], default="fp32", help="of final/; checkpoints are fp32 always (fp32)")
-    add("--eval_every", type=int, help="optimizer steps between evaluations on --eval_data; 0: never (preset)")
-    add("--log_every", type=int, default=1, help="steps between lines on screen; metrics.jsonl has all (preset)")
+    add("--keep_state", type=int, default=0, help="newest checkpoints that keep optimizer state; 0: all")
+    add("--save_dtype", choices=["fp32", "bf16"], default="fp32", help="of final/; checkpoints are fp32 always")
+    add("--eval_every", type=int, help="optimizer steps between evaluations on --eval_data; 0: never; None: 200, in a"
+        " short run a tenth of it")
+    add("--log_every", type=int, default=1, help="steps between lines on screen; metrics.jsonl has all")
     add("--track", choices=["none", "wandb", "trackio"], default="none", help="a dashboard besides metrics.jsonl")
     add = parser.add_argument_group("the hardware").add_argument
-    add("--micro_batch_size", type=int, help="rows per rank per forward; lower it when memory runs out (preset)")
+    add("--micro_batch_size", type=int, help="rows per rank per forward; lower it when memory runs out")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
         help="of the products (bf16 on a GPU); weights, optimizer state, log-probs and rewards are float32 always")
     add("--compile", action="store_true", help="torch.compile the layers: the first steps take minutes")
     add("--shard", action=argparse.BooleanOptionalAction, help="FSDP2: weights, gradients and optimizer state divided"
-        " by the ranks; --no-shard: DDP (preset)")
+        " by the ranks; --no-shard: DDP")
     add("--checkpoint_activations", action=argparse.BooleanOptionalAction, help="recompute layers in backward: less"
-        " memory (preset)")
-    add("--threads", type=int, default=0, help="CPU threads a rank; 0: torch's own choice (preset)")
-    add("--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run (1800)")
+        " memory")
+    add("--threads", type=int, default=0, help="CPU threads a rank; 0: torch's own choice")
+    add("--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
 
 
 # Flags that fit a run to its machine or say what it keeps; every other flag must be the same when a run resumes.
@@ -93,7 +107,8 @@ def parse_with_preset(parser, presets, argv, positive=(), signed=()):
     for name, values in presets.items():
         shown = ", ".join(f"{flag} {value}" for flag, value in values.items())
         parser.add_argument_group(f"--preset {name}", shown)
-    given = parser.parse_known_args(argv)[0]
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]  # help in the second
     preset = given.preset
     if preset is None:
         preset = "paper" if given.model or given.data else "toy"
@@ -110,6 +125,26 @@ def parse_with_preset(parser, presets, argv, positive=(), signed=()):
     return args
 
 
+def interval(given, total):
+    """Steps between checkpoints or evaluations: the flag's value or, where none was given, 200, which in a run of fewer
+    than 2,000 steps is a tenth of it: a short run has a curve too."""
+    if given is not None:
+        return given
+    return min(200, max(1, total // 10))
+
+
+def announce_schedule(args, noun, n_examples, total):
+    """Say before training what a short run makes of its flags."""
+    if n_examples < args.batch_size:
+        print_rank0(f"{n_examples} {noun} are fewer than --batch_size {args.batch_size}: each step takes them all")
+    if args.warmup_steps >= total:
+        print_rank0(f"--warmup_steps {args.warmup_steps} would not end within {total} steps: {total // 10} instead")
+    if args.save_every is None:
+        print_rank0(f"a checkpoint every {interval(None, total)} steps (--save_every)")
+    if args.eval_every is None and args.eval_data:
+        print_rank0(f"an evaluation every {interval(None, total)} steps (--eval_every)")
+
+
 # -------------------------------------------------------------------------------------- a new run, or one to go on with
 def run_header(script, args, world, device, models):
     """What a run must say of itself, the first line of metrics.jsonl, with fingerprints of its models {role: directory}
@@ -118,7 +153,7 @@ def run_header(script, args, world, device, models):
     parts = [args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")]
     parts = dict.fromkeys(parts)  # each once, in this order
     data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
-    data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY)])
+    data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY), args.chat_template_kwargs])
     header = dict(script=script, args=vars(args))
     header |= dict(commit=git_commit(), versions=dict(torch=torch.__version__, python=sys.version.split()[0]))
     header |= dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", world=world)
@@ -127,6 +162,26 @@ def run_header(script, args, world, device, models):
     header |= dict(data=hashlib.sha256(data.encode()).hexdigest()[:16])
     header |= dict(run=hashlib.sha256(json.dumps(identity(header), sort_keys=True).encode()).hexdigest()[:16])
     return header
+
+
+def model_card(header, model_class):
+    """README.md of a final model, for the Hub and for whoever finds the directory: what made it, and how to load it."""
+    args = header["args"]
+    of_hub = not Path(args["model"]).exists()
+    lines = ["---", "library_name: transformers", f"tags: [is-daa, {args.get('loss', header['script'])}]"]
+    lines += [f"base_model: {args['model']}"] if of_hub else []
+    lines += ["---", "", f"# {Path(args['out']).name}", ""]
+    lines += [f"Made by IS-DAA's `{header['script']}.py` (commit {header['commit']}) from `{args['model']}` (fingerprint"
+              f" {header['model']}) and the data `{args['data']}` (fingerprint {header['data']}).", ""]
+    lines += ["| flag | value |", "|---|---|"]
+    for name, value in args.items():
+        if name not in FREE_FLAGS and value not in (None, ""):
+            lines.append(f"| `--{name}` | `{value}` |")
+    lines += ["", "```python", f"from transformers import {model_class}, AutoTokenizer", "",
+              f'model = {model_class}.from_pretrained("THIS_DIRECTORY")',
+              'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")', "```", "",
+              "License: that of the base model and of the data hold; name yours here.", ""]
+    return "\n".join(lines)
 
 
 def git_commit():

@@ -73,9 +73,10 @@ def load_ours(tp, out, model, data):
     began = time.process_time()
     header = tp.on_rank_0(lambda: tp.run_header("train_pref", args, 1, cpu, models))
     hashed = time.process_time() - began
-    limits = (tp.load_tokenizer(model), tp.read_config(model).vocab_size, *LENGTHS)
-    path = out / "data.safetensors"
-    return tp.load_rows(path, header, tp.Pair, tp.split_pair, str(data), False, tp.RECIPES, *limits), hashed
+    pairs = tp.load_rows(out / "data.safetensors", header, row_type=tp.Pair, split=tp.split_pair, source=str(data),
+                         held_out=False, recipes=tp.RECIPES, tokenizer=tp.load_tokenizer(model),
+                         vocab_size=tp.read_config(model).vocab_size, max_length=LENGTHS[0], max_prompt_length=LENGTHS[1])
+    return pairs, hashed
 
 
 def load_before(tp, out, model, data):

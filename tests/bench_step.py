@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import train_pref as tp
 from kernels import logprob
 from kernels.bench import Peak, environment, matmul_flops
-from plumbing.data import read_rows, tokenize_rows
+from plumbing.data import RowCounts, read_rows, tokenize_rows
 
 SHAPES = {  # Llama-3.2's; toy is for the tests
     "toy": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -240,10 +240,10 @@ def main():
             pairs = synthetic_pairs(args.pairs, model.config.vocab_size, args.scale)
         else:
             tokenizer = tp.load_tokenizer(tp.find_model(str(args.model)))
-            limits = model.config.vocab_size, args.max_length, args.max_prompt_length
-            rows = enumerate(read_rows(str(args.data), False, tp.RECIPES))
-            rows = tokenize_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, *limits)
-            pairs = [tp.Pair(*ids) for _, ids in rows]
+            rows = read_rows(str(args.data), False, tp.RECIPES)
+            rows = tokenize_rows(rows, tp.split_pair, RowCounts(), tokenizer=tokenizer, vocab_size=model.config.vocab_size,
+                                 max_length=args.max_length, max_prompt_length=args.max_prompt_length)
+            pairs = [tp.Pair(*row.parts) for row in rows]
             pairs = [pairs[i] for i in tp.epoch_order(len(pairs), 0, 0)[: args.pairs]]
         ours = Ours(args, Path(directory), model, ref, pairs, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-5, weight_decay=0.0, fused=True)

@@ -85,8 +85,10 @@ def smollm():
 
 
 def byte_tokenizer(directory, **kwargs):
-    """Save a tokenizer of 259 ids: the 256 bytes, <s> 256, </s> 257, <pad> 258. Every text is representable."""
+    """Save a tokenizer of 259 ids: the 256 bytes, <s> 256, </s> 257, <pad> 258. Every text is representable. It begins a
+    text with BOS, as Llama's do, if it has one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -95,6 +97,9 @@ def byte_tokenizer(directory, **kwargs):
     backend.decoder = decoders.ByteLevel()
     special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>") | kwargs
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    if tokenizer.bos_token:
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tokenizer.save_pretrained(directory)
     return tokenizer
 
@@ -140,7 +145,9 @@ def load_rows(script, source, *limits, held_out=False):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "data.safetensors"
         header = dict(model="m", data="d")
-        rows = script.load_rows(path, header, kind, split, str(source), held_out, script.RECIPES, *limits)
+        names = ("tokenizer", "vocab_size", "max_length", "max_prompt_length")
+        rows = script.load_rows(path, header, row_type=kind, split=split, source=str(source), held_out=held_out,
+                                recipes=script.RECIPES, **dict(zip(names, limits, strict=True)))
         return rows, open_safetensors(path).metadata()["report"]
 
 

@@ -50,16 +50,16 @@ ROWS = {
     "other keys": (b'{"question": "p", "answer": "a"}', "no chosen and rejected, keys: ['question', 'answer']"),
     "no rejected": (b'{"prompt": "p", "chosen": "a"}', "no chosen and rejected, keys: ['prompt', 'chosen']"),
     "no prompt": (b'{"chosen": "a", "rejected": "b"}', "no prompt, keys: ['chosen', 'rejected']"),
-    "response null": (row(chosen=None), "wrong types"),
-    "response a number": (row(chosen=7), "wrong types"),
-    "response true": (row(rejected=True), "wrong types"),
-    "response NaN": (b'{"prompt": "p", "chosen": NaN, "rejected": "b"}', "wrong types"),
-    "response -Infinity": (b'{"prompt": "p", "chosen": -Infinity, "rejected": "b"}', "wrong types"),
-    "response 1e999": (b'{"prompt": "p", "chosen": 1e999, "rejected": "b"}', "wrong types"),
-    "response an object": (row(chosen={"text": "a"}), "wrong types"),
-    "response a list of strings": (row(chosen=["a"], rejected=["b"]), "wrong types"),
-    "prompt a number": (row(prompt=3), "wrong types"),
-    "one response a list": (row(chosen=[{"role": "assistant", "content": "a"}]), "wrong types"),
+    "response null": (row(chosen=None), "wrong types, prompt is str, chosen is NoneType, rejected is str"),
+    "response a number": (row(chosen=7), "wrong types, prompt is str, chosen is int, rejected is str"),
+    "response true": (row(rejected=True), "wrong types, prompt is str, chosen is str, rejected is bool"),
+    "response NaN": (b'{"prompt": "p", "chosen": NaN, "rejected": "b"}', "wrong types, prompt is str, chosen is float, rejected is str"),
+    "response -Infinity": (b'{"prompt": "p", "chosen": -Infinity, "rejected": "b"}', "wrong types, prompt is str, chosen is float, rejected is str"),
+    "response 1e999": (b'{"prompt": "p", "chosen": 1e999, "rejected": "b"}', "wrong types, prompt is str, chosen is float, rejected is str"),
+    "response an object": (row(chosen={"text": "a"}), "wrong types, prompt is str, chosen is dict, rejected is str"),
+    "response a list of strings": (row(chosen=["a"], rejected=["b"]), "wrong types, a message is str"),
+    "prompt a number": (row(prompt=3), "wrong types, prompt is int, chosen is str, rejected is str"),
+    "one response a list": (row(chosen=[{"role": "assistant", "content": "a"}]), "wrong types, prompt is str, chosen is list, rejected is str"),
     "lone surrogate in a response": (row(chosen="\ud83d"), "broken Unicode"),
     "lone surrogate in the prompt": (row(prompt="\udc00 p"), "broken Unicode"),
     "surrogate written as UTF-8": (b'{"prompt": "\xed\xa0\xbd", "chosen": "good", "rejected": "bad"}', "broken Unicode"),
@@ -68,7 +68,7 @@ ROWS = {
     "nothing but EOS": (row(rejected="</s>"), "empty response"),
     "identical": (row(chosen="same", rejected="same"), "identical responses"),
     "identical once cut": (row(chosen="a" * 1000 + "b", rejected="a" * 1000 + "c"), "identical once cut"),
-    "roles that are no text": (row(prompt=[{"role": 1, "content": "a"}], chosen=[{}], rejected=[{"x": 1}]), "wrong types"),
+    "roles that are no text": (row(prompt=[{"role": 1, "content": "a"}], chosen=[{}], rejected=[{"x": 1}]), "wrong types, a message's role is int"),
     "a surrogate in a conversation": (row(prompt=[{"role": "user", "content": "\ud83d"}], chosen=[{"role": "assistant", "content": "a"}],
                                           rejected=[{"role": "assistant", "content": "b"}]), "broken Unicode"),
     "NUL": (row(prompt="a\x00b"), None),
@@ -198,7 +198,7 @@ def counts_add_up(load, path, n_rows, noun):
         kept, report = 0, str(error)
         assert report.startswith(f"no usable {noun} in ")
     found = re.search(rf": (\d+) {noun} of (\d+) rows; skipped: (.*); cut: ", report, re.S)
-    skipped = sum(int(n) for n in re.findall(r"(\d+) [A-Za-z ]+(?:, keys: .*?)? \(first ", found[3], re.S))
+    skipped = sum(int(n) for n in re.findall(r"(\d+) [A-Za-z ]+(?:, (?:keys: )?.*?)? \(first ", found[3], re.S))
     assert (int(found[1]), int(found[2])) == (kept, n_rows) and kept + skipped == n_rows, report
     return kept
 

@@ -234,31 +234,44 @@ def test_pairs(byte, tmp_path):
         ("<s>Q: 1+1?", " 2</s>", " three</s>"),
         ("<s>\n\nHuman: Hi\n\nAssistant:", " Hey</s>", " Ha!</s>"),
         ("<s>\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " same start d</s>", " same start e</s>"),
-        ("<s>[user]Hi[assistant]", "Hello</s>", "Go away</s>"),
-        ("<s>[user]Hi[assistant]Hello</s>[user]Who?[assistant]", "Me</s>", "You</s>"),
-        ("<s>[user]Hi[assistant]", "A</s>", "B</s>"),
+        ("[user]Hi[assistant]", "Hello</s>", "Go away</s>"),  # the template writes no BOS
+        ("[user]Hi[assistant]Hello</s>[user]Who?[assistant]", "Me</s>", "You</s>"),
+        ("[user]Hi[assistant]", "A</s>", "B</s>"),
         (f"<s>é{UNICODE_LINE_ENDS}", "\U0001f600</s>", "</s>x</s>"),
     ]
     assert index.tolist() == list(range(7)) and index.dtype == torch.int64
-    assert report == f"{source}: 7 pairs of 7 rows; skipped: none; cut: none"
+    assert report == f"{source}: 7 pairs of 7 rows; skipped: none; cut: none; columns not read: note"
     for pair in pairs:
-        assert pair.prompt[0] == BOS and pair.prompt.count(BOS) == 1
         assert pair.chosen[-1] == pair.rejected[-1] == EOS and pair.chosen.count(EOS) == 1
 
 
 GOOD = dict(prompt="p", chosen="good", rejected="bad")
+SHAREGPT = ("ShareGPT row: rename conversations to messages, its from to role with human as user and gpt as assistant, its value"
+            " to content")
 SKIPPED = {
     "no chosen and rejected, keys: []": ["[1, 2]", '"text"', "null", "3", {}],
     "no chosen and rejected, keys: ['question', 'answer']": [dict(question="q", answer="a")],
     "no chosen and rejected, keys: ['prompt', 'chosen']": [dict(prompt="p", chosen="a"), dict(prompt="p", chosen=turns("a"))],
     "no prompt, keys: ['question', 'chosen', 'rejected']": [dict(question="q", chosen="a", rejected="b")],
-    "no prompt, keys: ['chosen', 'rejected']": [dict(chosen="no marker", rejected="no mark")],
-    "wrong types": [dict(prompt="p", chosen=1, rejected="b"), dict(prompt="p", chosen=None, rejected="b"),
-                    dict(prompt=3, chosen="a", rejected="b"), dict(prompt=None, chosen="a", rejected="b"),
-                    dict(prompt="p", chosen=None, rejected=None), dict(prompt="p", chosen="a", rejected=turns("a", "b")),
-                    dict(prompt=turns("p"), chosen="a", rejected="b"),
-                    dict(chosen=[1, "x"], rejected=[1, "y"]),
-                    dict(chosen=turns("p") + [dict(role="assistant", content=None)], rejected=turns("p", "x"))],
+    "no prompt, keys: ['chosen', 'rejected']": [dict(chosen="no marker", rejected="no mark"),
+                                                dict(prompt=None, chosen="a", rejected="b")],
+    "wrong types, prompt is str, chosen is int, rejected is str": [dict(prompt="p", chosen=1, rejected="b")],
+    "wrong types, prompt is str, chosen is NoneType, rejected is str": [dict(prompt="p", chosen=None, rejected="b")],
+    "wrong types, prompt is int, chosen is str, rejected is str": [dict(prompt=3, chosen="a", rejected="b")],
+    "wrong types, prompt is str, chosen is NoneType, rejected is NoneType": [dict(prompt="p", chosen=None, rejected=None)],
+    "wrong types, prompt is str, chosen is str, rejected is list": [dict(prompt="p", chosen="a", rejected=turns("a", "b"))],
+    "wrong types, prompt is list, chosen is str, rejected is str": [dict(prompt=turns("p"), chosen="a", rejected="b")],
+    "wrong types, a message is int": [dict(chosen=[1, "x"], rejected=[1, "y"])],
+    "wrong types, a message's role is NoneType": [dict(prompt=turns("p"), chosen=[dict(content="x")], rejected=turns("a"))],
+    "wrong types, a message's content is NoneType": [
+        dict(chosen=turns("p") + [dict(role="assistant", content=None)], rejected=turns("p", "x"))],
+    "wrong types, a part of a message's content is image_url": [
+        dict(prompt=turns([dict(type="text", text="see"), dict(type="image_url", image_url="x")]), chosen=turns("a", "b")[1:],
+             rejected=turns("a", "c")[1:])],
+    "wrong types, chosen_logps is str": [GOOD | dict(chosen_logps="-1.5")],
+    "rejected_logps positive or not finite": [GOOD | dict(rejected_logps=value) for value in (0.5, math.nan, -math.inf)],
+    SHAREGPT: [dict(conversations=[{"from": "human", "value": "a"}], chosen={"from": "gpt", "value": "b"}),
+               dict(prompt=[{"from": "human", "value": "a"}], chosen=[{"from": "gpt", "value": "b"}], rejected=turns("a", "c"))],
     "prompt mismatch": [dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: b\n\nAssistant: y"),
                         dict(chosen="\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: z",
                              rejected="\n\nHuman: a\n\nAssistant: y"),
@@ -297,12 +310,12 @@ def test_skipped_rows(kind, byte, tmp_path, monkeypatch):
 
 
 def test_several_kinds_at_once(byte, tmp_path):
-    kinds = ["empty response", "wrong types", "prompt mismatch", "identical responses"]
+    kinds = ["empty response", "prompt mismatch", "identical responses"]
     source = write(tmp_path / "all.jsonl", *(SKIPPED[kind][k] for k in range(3) for kind in kinds), GOOD)
     pairs, index, report = load_pairs(source, byte, *LIMITS)
-    assert index.tolist() == [12] and len(pairs) == 1
+    assert index.tolist() == [9] and len(pairs) == 1
     skipped = ", ".join(f"3 {kind} (first {source}:{k})" for k, kind in enumerate(kinds, 1))
-    assert report == f"{source}: 1 pairs of 13 rows; skipped: {skipped}; cut: none"
+    assert report == f"{source}: 1 pairs of 10 rows; skipped: {skipped}; cut: none"
 
 
 def test_identical_conversations(byte, tmp_path):
@@ -385,12 +398,12 @@ def test_examples(byte, tmp_path):
         ("<s>", "Twice</s>"),
         ("<s>Q", " good</s>"),
         ("<s>\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " d</s>"),
-        ("<s>[user]Hi[assistant]Hello</s>[user]Who?[assistant]", "Me</s>"),
-        ("<s>[user]Hi[assistant]", "Hello</s>"),
-        ("<s>[user]Hi[assistant]", "Hello</s>"),
+        ("[user]Hi[assistant]Hello</s>[user]Who?[assistant]", "Me</s>"),  # the template writes no BOS
+        ("[user]Hi[assistant]", "Hello</s>"),
+        ("[user]Hi[assistant]", "Hello</s>"),
         ("<s>", "A</s>"),
     ]
-    assert report == f"{source}: 9 examples of 9 rows; skipped: none; cut: none"
+    assert report == f"{source}: 9 examples of 9 rows; skipped: none; cut: none; columns not read: rejected"
 
 
 def test_text_without_bos(tmp_path):
@@ -404,8 +417,13 @@ def test_text_without_bos(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "row"), [
-    ("wrong types", dict(text=3)), ("wrong types", dict(prompt="p", completion=None)), ("wrong types", dict(prompt=3, completion="c")),
-    ("wrong types", dict(prompt="p", completion=3)), ("wrong types", dict(prompt=turns("a"), completion="c")),
+    ("wrong types, text is int", dict(text=3)),
+    ("no prompt and completion, keys: ['prompt']", dict(prompt="p", completion=None)),  # null is as good as absent
+    ("wrong types, prompt is int, completion is str", dict(prompt=3, completion="c")),
+    ("wrong types, prompt is str, completion is int", dict(prompt="p", completion=3)),
+    ("wrong types, prompt is list, completion is str", dict(prompt=turns("a"), completion="c")),
+    ("wrong types, messages is dict", dict(messages=dict(role="user"))),
+    (SHAREGPT, dict(conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])),
     ("no prompt and completion, keys: ['completion']", dict(completion="c")),
     ("no prompt and completion, keys: ['chosen']", dict(chosen="no marker")),
     ("no prompt and completion, keys: []", {}), ("no prompt and completion, keys: []", "[1]"),
@@ -415,7 +433,7 @@ def test_text_without_bos(tmp_path):
     ("empty completion", dict(text="")), ("empty completion", dict(prompt="p", completion=" \n")),
     ("empty completion", dict(chosen="\n\nHuman: a\n\nAssistant: ")),
     ("prompt mismatch", dict(messages=turns("Hi"))), ("prompt mismatch", dict(messages=turns("Hi", "Hello", "Bye"))),
-    ("prompt mismatch", dict(messages=[])), ("wrong types", dict(messages=["Hi", "Hello"])),
+    ("prompt mismatch", dict(messages=[])), ("wrong types, a message is str", dict(messages=["Hi", "Hello"])),
     ("empty response", dict(messages=turns("Hi", " "))), ("empty response", dict(prompt="p", completion="</s>")),
 ])
 def test_skipped_demonstrations(kind, row, byte, tmp_path):
@@ -428,7 +446,7 @@ def test_preference_rows_with_implicit_conversation(byte, tmp_path):
     source = write(tmp_path / "sft.jsonl", dict(chosen=turns("Hi", "Hello"), rejected=turns("Hi", "No")),
                    dict(prompt="Hi", chosen=turns("Hi", "Hello"), rejected=turns("Hi", "No")))
     examples, _ = load_examples(source, byte, *LIMITS)
-    assert [example_text(byte, example) for example in examples] == [("<s>[user]Hi[assistant]", "Hello</s>")] * 2
+    assert [example_text(byte, example) for example in examples] == [("[user]Hi[assistant]", "Hello</s>")] * 2
 
 
 def test_cut_demonstrations(byte, tmp_path):
@@ -498,7 +516,7 @@ def check_batch(batch, sequences):
     """`sequences` (context, targets): target i of each is predicted from exactly context + targets[:i], read off the masks."""
     B, T = batch["ids"].shape
     assert all(batch[name].shape == (B, T) for name in ("positions", "segments"))
-    assert batch["prompt"] == 0 and all(tensor.dtype == torch.int64 for name, tensor in batch.items() if name != "prompt")
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     assert batch["cu_seqlens"].tolist() == [0, *itertools.accumulate(len(targets) for _, targets in sequences)]
     assert batch["targets"].tolist() == [token for _, targets in sequences for token in targets]
     contexts = [[*context, *targets[:i]] for context, targets in sequences for i in range(len(targets))]
@@ -532,18 +550,18 @@ def test_collate_pairs(shared_prompt):
 def test_collate_pairs_by_hand(monkeypatch):
     pairs = [Pair([1, 2], [3, 4], [5]), Pair([6], [7], [8])]
     batch = train_pref.collate_pairs(pairs, True, torch.device("cpu"))
-    assert batch.pop("prompt") == 0
     assert {name: tensor.tolist() for name, tensor in batch.items()} == dict(
         ids=[[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]], positions=[[0, 1, 2, 3, 2], [0, 1, 1, 0, 0]],
         segments=[[0, 0, 1, 1, 2], [0, 1, 2, -1, -1]], predict=[1, 2, 1, 5, 5], targets=[3, 4, 5, 7, 8], cu_seqlens=[0, 2, 3, 4, 5])
     batch = train_pref.collate_pairs(pairs[:1], False, torch.device("cpu"))
-    assert batch.pop("prompt") == 0
     assert {name: tensor.tolist() for name, tensor in batch.items()} == dict(
         ids=[[1, 2, 3, 4], [1, 2, 5, 0]], positions=[[0, 1, 2, 3], [0, 1, 2, 0]], segments=[[0, 0, 1, 1], [0, 0, 2, -1]],
         predict=[1, 2, 5], targets=[3, 4, 5], cu_seqlens=[0, 2, 3])
     for few, expected in ((1, [1, 2]), (2, [0, 2]), (3, [0, 0])):  # columns that are prompt in every row, if they are that many
         monkeypatch.setattr(train_pref, "PLAIN_PROMPT", few)
-        assert [train_pref.collate_pairs(some, True, "cpu")["prompt"] for some in (pairs, pairs[:1])] == expected
+        for some, columns in zip((pairs, pairs[:1]), expected):
+            batch = train_pref.collate_pairs(some, True, "cpu")
+            assert batch["ids"].shape[1] - batch["segments"].shape[1] == columns  # segments are of the columns after them
 
 
 def test_collate_examples():

@@ -38,8 +38,9 @@ def data(tmp_path_factory):
 
 
 def load(out, data, tokenizer, header=HEADER, max_length=64, max_prompt_length=32):
-    path, limits = out / "data.safetensors", (tokenizer, 259, max_length, max_prompt_length)
-    return load_rows(path, header, Pair, split_pair, str(data), False, {}, *limits)
+    return load_rows(out / "data.safetensors", header, row_type=Pair, split=split_pair, source=str(data), held_out=False,
+                     recipes={}, tokenizer=tokenizer, vocab_size=259, max_length=max_length,
+                     max_prompt_length=max_prompt_length)
 
 
 def listed(rows):
@@ -233,7 +234,7 @@ def test_lengths_beyond_the_models_positions(run_script, model, few, tmp_path):
     argv = (*arguments(model, few, tmp_path / "run"), "--max_steps", 1)
     for script in ("train_pref", "train_sft", "train_rm"):
         said = run_script(script)(*argv, "--max_length", 257, "--out", tmp_path / script).ok().out
-        assert said.count("warning: --max_length 257, but") == 1 and "256 positions" in said
+        assert said.count("warning: up to 257 tokens, but") == 1 and "256 positions" in said
     said = run_script("train_pref")(*argv, "--max_length", 256, "--out", tmp_path / "fits").ok().out
     assert "positions" not in said
 

@@ -228,7 +228,7 @@ def test_smollm2_shared_prompt(smollm):
     texts = ["SUBREDDIT: r/dogs\n\nTITLE: My dog ate 2 pounds of chocolate\n\nPOST: What should I do now?\n\nTL;DR:",
              " Dog ate chocolate, what now?",
              " I have a dog and it ate a lot of chocolate, so I am asking the people of this place for advice."]
-    prompt, chosen, rejected = (ids + eos for ids in encode(tokenizer, texts, 49152))
+    prompt, chosen, rejected = (ids + eos for ids in encode(tokenizer, texts))
     pair = Pair(prompt[:-1], chosen, rejected)
     logps, token_logps = ours(smollm)(**train_pref.collate_pairs([pair], True, torch.device("cpu")))
     expected = [response_logps(theirs(smollm), pair.prompt, response) for response in (pair.chosen, pair.rejected)]

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load_rows
 
 import train_pref as tp
-from plumbing.data import read_rows, tokenize_rows
 
 LOG_2 = math.log(2)
 
@@ -307,10 +307,9 @@ def test_trl_end_to_end(trl_setup, trl_type, flags, shared_prompt, process_group
     data = setup.tmp / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in setup.rows))
     tokenizer = tp.load_tokenizer(setup.policy_dir)
-    rows = list(enumerate(read_rows(str(data), False, {})))
-    numbered = list(tokenize_rows(rows, dict(skipped={}, cut={}), tp.split_pair, tokenizer, 272, 128, 96))
-    assert [number for number, _ in numbered] == list(range(6))
-    pairs = [tp.Pair(*ids) for _, ids in numbered]
+    rows, _ = load_rows(tp, data, tokenizer, 272, 128, 96)
+    assert rows.index.tolist() == list(range(6))
+    pairs = list(rows)
     for pair, example in zip(pairs, examples):
         assert list(pair) == [list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
     policy, ref = (tp.load_weights(tp.build_model(lambda: tp.Llama(tp.read_config(d), "torch"), "cpu", "fp32"), d)

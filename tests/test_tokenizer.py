@@ -16,8 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import train_pref
-from plumbing.data import (SkipRow, UserError, truncate_prompt, encode, encode_after, ensure_stop, load_tokenizer, render_chat,
-                           stop_ids, assistant_stop_id, tokenize_rows)
+from plumbing.data import (RowCounts, RowTexts, SkipRow, UserError, assistant_stop_id, encode, encode_after, ensure_stop,
+                           finish_prompt, load_tokenizer, render_chat, stop_ids, text_begin, tokenize_rows)
 
 # Text and its ids in Llama 3's vocabulary. Non-ASCII is escaped, so that no editor can normalize it.
 LLAMA3_IDS = [
@@ -88,7 +88,7 @@ def llama3(meta, tmp_path_factory):
 @pytest.mark.parametrize(("text", "ids"), LLAMA3_IDS, ids=[ascii(text)[1:-1][:20] or "empty" for text, _ in LLAMA3_IDS])
 def test_llama3_ids(text, ids, llama3, meta):
     assert meta.encode(text, bos=False, eos=False) == ids
-    assert encode(llama3, [text], 128256)[0] == ids
+    assert encode(llama3, [text])[0] == ids
     assert llama3.decode(ids) == text  # and back, spaces before punctuation included
 
 
@@ -97,14 +97,14 @@ def test_llama3_special_tokens(llama3, meta):
     assert (llama3.bos_token_id, llama3.eos_token_id) == (meta.bos_id, meta.eos_id) == (128000, 128001)
     assert len(meta.special_tokens) == 256
     for name, number in meta.special_tokens.items():
-        assert encode(llama3, [name, f"a{name}b"], 128256) == [[number], [64, number, 65]]
+        assert encode(llama3, [name, f"a{name}b"]) == [[number], [64, number, 65]]
         assert llama3.decode([number], skip_special_tokens=True) == ""
 
 
 def test_llama3_special_text(llama3, meta):
     """As everywhere in transformers the text of a special token is that token, unless split_special_tokens is set."""
     assert meta.encode(SPECIAL_TEXT, bos=False, eos=False, allowed_special="all") == SPECIAL_PARSED
-    assert encode(llama3, [SPECIAL_TEXT], 128256)[0] == SPECIAL_PARSED
+    assert encode(llama3, [SPECIAL_TEXT])[0] == SPECIAL_PARSED
     assert meta.encode(SPECIAL_TEXT, bos=False, eos=False) == SPECIAL_PLAIN
     assert llama3(SPECIAL_TEXT, add_special_tokens=False, split_special_tokens=True).input_ids == SPECIAL_PLAIN
 
@@ -120,7 +120,7 @@ def posts(shared, n):
 def test_llama3_corpus(llama3, meta, shared):
     texts = posts(shared, 100)
     assert sum(map(len, texts)) > 100_000
-    for text, ids in zip(texts, encode(llama3, texts, 128256), strict=True):
+    for text, ids in zip(texts, encode(llama3, texts), strict=True):
         assert ids == meta.encode(text, bos=False, eos=False)
 
 
@@ -140,7 +140,7 @@ def test_auto_tokenizer(name, request, shared):
     tokenizer, auto = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
     texts = [text for text, _ in LLAMA3_IDS] + posts(shared, 400)
     assert len(texts) > 1000  # encode works through a thousand at a time
-    found = encode(tokenizer, texts, 49152)
+    found = encode(tokenizer, texts)
     assert found == [auto(text, add_special_tokens=False).input_ids for text in texts]
 
 
@@ -154,25 +154,28 @@ def test_encode_adds_nothing(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer("ab").input_ids == [256, 64, 65, 257]
-    assert encode(tokenizer, ["abcde", "", "b"], 259) == [[64, 65, 66, 67, 68], [], [65]]
-    assert encode(tokenizer, [], 259) == []
+    assert encode(tokenizer, ["abcde", "", "b"]) == [[64, 65, 66, 67, 68], [], [65]]
+    assert encode(tokenizer, []) == []
 
 
-def test_ids_outside_the_vocabulary(tmp_path):
-    tokenizer = byte_tokenizer(tmp_path)  # EOS is 257
-    encode(tokenizer, ["abc"], 258)
+def test_a_tokenizer_of_another_model(tmp_path):
+    """EOS, or the BOS that it writes, is none of the model's: no row could be used."""
+    byte_tokenizer(tmp_path)  # BOS is 256, EOS 257
+    assert tokens(load_tokenizer(tmp_path), "p", "abc", vocab_size=258)[1][-1] == 257
     with pytest.raises(UserError, match="257.*vocabulary of 257"):
-        encode(tokenizer, ["abc"], 257)
-    tokenizer = byte_tokenizer(tmp_path, eos_token="a", bos_token=None)  # EOS is 64
-    encode(tokenizer, ["abc", "b"], 67)
-    with pytest.raises(UserError, match="66.*vocabulary of 66"):
-        encode(tokenizer, ["b", "abc"], 66)
-
-
-def test_bos_outside_the_vocabulary(tmp_path):
-    tokenizer = byte_tokenizer(tmp_path, eos_token="a")  # BOS is 256
+        tokens(load_tokenizer(tmp_path), "p", "abc", vocab_size=257)
+    byte_tokenizer(tmp_path, eos_token="a")  # EOS is 64
     with pytest.raises(UserError, match="256.*vocabulary of 256"):
-        encode(tokenizer, ["abc"], 256)
+        tokens(load_tokenizer(tmp_path), "p", "abc", vocab_size=256)
+
+
+def test_a_row_that_spells_a_token_that_the_model_lacks(tmp_path):
+    """A tokenizer may know more than its model (Llama 3's <|image|>): such a row is skipped, the others are not."""
+    byte_tokenizer(tmp_path, pad_token="<|image|>")  # 258
+    tokenizer = load_tokenizer(tmp_path)
+    for texts in (("see <|image|>", "abc"), ("p", "a<|image|>c")):
+        assert tokens(tokenizer, *texts, vocab_size=258) == "token outside the vocabulary of 258"
+        assert len(tokens(tokenizer, *texts, vocab_size=259)) == 2
 
 
 def test_refused_tokenizers(tmp_path):
@@ -208,7 +211,7 @@ def test_tokenizer_model_is_read_each_time(tmp_path):
     with pytest.raises(UserError, match="SentencePiece"):
         load_tokenizer(tmp_path)
     path.write_bytes(b"".join(base64.b64encode(bytes([k])) + b" %d\n" % k for k in range(256)))
-    assert encode(load_tokenizer(tmp_path), ["ab<|end_of_text|>"], 512)[0] == [97, 98, 257]
+    assert encode(load_tokenizer(tmp_path), ["ab<|end_of_text|>"])[0] == [97, 98, 257]
 
 
 # ---------------------------------------------------------------------------------------------------------- BOS, EOS, cuts
@@ -232,7 +235,7 @@ def no_bos(tmp_path_factory):
 
 @pytest.mark.parametrize(("ids", "limit", "expected", "cut"), [
     ([1, 2, 3], 4, [BOS, 1, 2, 3], 0),  # fits exactly
-    ([BOS, 1, 2, 3], 4, [BOS, 1, 2, 3], 0),  # the template wrote BOS: still one
+    ([BOS, 1, 2, 3], 4, [BOS, 1, 2, 3], 0),  # the text spells BOS: still one
     ([BOS, BOS, 1], 4, [BOS, BOS, 1], 0),  # a second one belongs to the text
     ([1, 2, 3, 4], 4, [BOS, 2, 3, 4], 1),  # BOS is kept, whatever is cut
     ([BOS, 1, 2, 3, 4], 4, [BOS, 2, 3, 4], 1),
@@ -241,12 +244,24 @@ def no_bos(tmp_path_factory):
 ])
 def test_cut_prompt(ids, limit, expected, cut, byte):
     given = list(ids)
-    assert truncate_prompt(given, byte, limit) == (expected, cut) and given == ids
+    assert finish_prompt(given, byte, begin=text_begin(byte), max_prompt_length=limit) == (expected, cut) and given == ids
+
+
+@pytest.mark.parametrize(("ids", "limit", "expected", "cut"), [
+    ([1, 2, 3], 4, [1, 2, 3], 0),  # the template wrote no BOS: there is none
+    ([BOS, 1, 2, 3], 4, [BOS, 1, 2, 3], 0),
+    ([1, 2, 3, 4, 5], 4, [2, 3, 4, 5], 1),
+    ([BOS, 1, 2, 3, 4], 4, [BOS, 2, 3, 4], 1),
+    ([], 4, [], 0),
+])
+def test_cut_rendered_prompt(ids, limit, expected, cut, byte):
+    assert finish_prompt(list(ids), byte, begin=[], max_prompt_length=limit) == (expected, cut)
 
 
 def test_cut_prompt_without_bos(no_bos):
-    assert truncate_prompt([1, 2, 3], no_bos, 2) == ([2, 3], 1)
-    assert truncate_prompt([], no_bos, 4) == ([], 0)
+    assert text_begin(no_bos) == []
+    assert finish_prompt([1, 2, 3], no_bos, begin=[], max_prompt_length=2) == ([2, 3], 1)
+    assert finish_prompt([], no_bos, begin=[], max_prompt_length=4) == ([], 0)
 
 
 @pytest.mark.parametrize(("ids", "expected"), [
@@ -267,13 +282,13 @@ def test_end_response_refusals(ids, byte):
         ensure_stop(ids, byte, {EOS, EOT})
 
 
-def tokens(tokenizer, prompt, *responses, vocab_size=259, max_length=10**6, max_prompt_length=10**5):
+def tokens(tokenizer, prompt, *responses, rendered=False, vocab_size=259, max_length=10**6, max_prompt_length=10**5):
     """[prompt ids, response ids ..] of one row of texts, or its SkipRow's kind."""
-    kinds = dict(skipped={}, cut={})
-    split = lambda row, tokenizer: (row[0], list(row[1:]))
-    batch = [(0, ("file:1", (prompt, *responses)))]
-    rows = list(tokenize_rows(batch, kinds, split, tokenizer, vocab_size, max_length, max_prompt_length))
-    return rows[0][1] if rows else next(iter(kinds["skipped"]))
+    counts = RowCounts()
+    split = lambda row, tokenizer: RowTexts(prompt=prompt, responses=list(responses), rendered=rendered, columns=())
+    rows = list(tokenize_rows([("file:1", {})], split, counts, tokenizer=tokenizer, vocab_size=vocab_size,
+                              max_length=max_length, max_prompt_length=max_prompt_length))
+    return rows[0].parts if rows else next(iter(counts.skipped))
 
 
 def test_a_response_that_is_cut_has_no_end(byte):
@@ -313,6 +328,7 @@ def llama2_tokenizer(directory, legacy):
         backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
                                          decoders.Strip(" ", 1, 0)])
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.save_pretrained(directory)
     return load_tokenizer(directory)
@@ -340,15 +356,14 @@ def test_ids_of_real_responses(sentencepiece, shared):
         rows = [json.loads(line) for _, line in zip(range(200), file)]
     rows[::2] = [dict(prompt=row["prompt"] + "\n", chosen=row["chosen"].strip(), rejected=row["rejected"].strip())
                  for row in rows[::2]]  # and responses that begin without a space
-    split = lambda row, tokenizer: (row["prompt"], [row["chosen"], row["rejected"]])
-    kinds = dict(skipped={}, cut={})
-    found = tokenize_rows(list(enumerate(("", row) for row in rows)), kinds, split, sentencepiece, 10**6, 10**6, 10**5)
+    found = tokenize_rows([("", row) for row in rows], train_pref.split_pair, RowCounts(), tokenizer=sentencepiece,
+                          vocab_size=10**6, max_length=10**6, max_prompt_length=10**5)
     different = 0
-    for row, (_, (prompt, *responses)) in zip(rows, found, strict=True):
-        assert prompt == [sentencepiece.bos_token_id, *bare(sentencepiece, row["prompt"])]
+    for row, (_, (prompt, *responses), _) in zip(rows, found, strict=True):
+        assert prompt == sentencepiece(row["prompt"]).input_ids
         for key, response in zip(("chosen", "rejected"), responses, strict=True):
             whole = bare(sentencepiece, row["prompt"] + row[key])
-            assert [*prompt, *response] == [sentencepiece.bos_token_id, *whole, sentencepiece.eos_token_id]
+            assert [*prompt, *response] == [*prompt[:1], *whole, sentencepiece.eos_token_id]
             different += response[:-1] != bare(sentencepiece, row[key])
     assert different >= 200  # of 400
 
@@ -360,7 +375,7 @@ def test_ids_after_any_prompt(sentencepiece):
     rng, merged = random.Random(0), 0
     text = lambda n: "".join(rng.choice(pieces) + rng.choice(["", " ", " "]) for _ in range(n))
     prompts, responses = zip(*((text(rng.randint(0, 60)), text(rng.randint(1, 5))) for _ in range(1000)))
-    for prompt, response, ids in zip(prompts, responses, encode_after(sentencepiece, prompts, responses, 10**6), strict=True):
+    for prompt, response, ids in zip(prompts, responses, encode_after(sentencepiece, prompts, responses), strict=True):
         head, whole = bare(sentencepiece, prompt), bare(sentencepiece, prompt + response)
         merged += whole[: len(head)] != head
         if whole[: len(head)] == head:
@@ -391,7 +406,7 @@ def assert_chat_is_whole(tokenizer, vocab_size, end_of_turn):
     """BOS and prompt, then response and EOS, are the template's own rendering of the whole, up to the end of the last turn."""
     for prompt, response in CHATS:
         texts = render_chat(tokenizer, prompt, response)
-        prompt_ids, response_ids = tokens(tokenizer, *texts, vocab_size=vocab_size)
+        prompt_ids, response_ids = tokens(tokenizer, *texts, rendered=True, vocab_size=vocab_size)
         text = tokenizer.apply_chat_template(prompt + response, tokenize=False)
         whole = tokenizer(text, add_special_tokens=False).input_ids
         end = len(whole) - whole[::-1].index(end_of_turn)
@@ -499,7 +514,7 @@ def test_the_end_is_the_templates(instruct):
     assert eos != stop and {eos, stop} <= stop_ids(tokenizer) and assistant_stop_id(tokenizer) == stop
     assert_chat_is_whole(tokenizer, 272, stop)
     for prompt, response in CHATS:
-        _, ids = tokens(tokenizer, *render_chat(tokenizer, prompt, response), vocab_size=272)
+        _, ids = tokens(tokenizer, *render_chat(tokenizer, prompt, response), rendered=True, vocab_size=272)
         assert ids[-1] == stop and eos not in ids and ids.count(stop) == (len(response) + 1) // 2 + len(response) // 2
 
 
@@ -514,7 +529,7 @@ def test_the_end_is_the_samplers(instruct):
     for response, end in ((" yes" + texts[stop], stop), (" yes" + texts[eos], eos), (" yes", eos)):
         expected = [*bare(tokenizer, " yes"), end]
         assert tokens(tokenizer, "Is it?", response, " no", vocab_size=272)[1:] == [expected, [*bare(tokenizer, " no"), eos]]
-        prompt, (completion,) = train_sft.split_example(dict(prompt="Is it?", completion=response), tokenizer)
+        prompt, (completion,), *_ = train_sft.split_example(dict(prompt="Is it?", completion=response), tokenizer)
         assert tokens(tokenizer, prompt, completion, vocab_size=272)[1] == expected
     assert tokens(tokenizer, "Is it?", texts[stop], vocab_size=272) == "empty response"
 
@@ -573,11 +588,11 @@ def test_tools(response, as_text, chat):
     tools = json.dumps(TOOLS) if as_text else TOOLS
     pair = dict(prompt=prompt, chosen=response, rejected=[calls("Rome", content="")], tools=tools)
     found = train_pref.split_pair(pair, tokenizer)
-    assert found == (asked, [whole[len(asked) :], "<call>weather" + '{"town": "Rome"}</s>'])
-    ids = tokens(tokenizer, found[0], *found[1])
-    assert ids[0] + ids[1] == [BOS, *bare(tokenizer, whole)]
+    assert found[:2] == (asked, [whole[len(asked) :], "<call>weather" + '{"town": "Rome"}</s>'])
+    ids = tokens(tokenizer, found.prompt, *found.responses, rendered=found.rendered)
+    assert ids[0] + ids[1] == bare(tokenizer, whole)
     demonstration = dict(prompt=prompt, completion=response, tools=tools)
-    assert train_sft.split_example(demonstration, tokenizer) == (asked, [whole[len(asked) :]])
+    assert train_sft.split_example(demonstration, tokenizer)[:2] == (asked, [whole[len(asked) :]])
 
 
 def test_tools_that_are_none(chat):

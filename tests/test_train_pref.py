@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_pref as tp
 from plumbing.checkpoint import model_fingerprint
-from plumbing.data import read_jsonl, read_rows, tokenize_rows
+from plumbing.data import read_jsonl
 from runs import Result, finish, launch, spoil
 
 ROOT = Path(tp.__file__).resolve().parent
@@ -107,8 +108,7 @@ def load(directory, dtype=torch.float32):
 
 def pairs_of(data, directory, max_length, max_prompt_length):
     limits = tp.load_tokenizer(directory), tp.read_config(directory).vocab_size, max_length, max_prompt_length
-    rows = enumerate(read_rows(str(data), False, {}))
-    return [tp.Pair(*ids) for _, ids in tokenize_rows(rows, dict(skipped={}, cut={}), tp.split_pair, *limits)]
+    return list(load_rows(tp, data, *limits)[0])
 
 
 @pytest.fixture(scope="module", params=[*SHAPES, "stories260K"])
@@ -757,7 +757,8 @@ def test_help_texts_and_presets(monkeypatch):
     for preset, values in tp.PRESETS.items():  # sets flags that exist, and leaves none without a value but what is off
         args = tp.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
         assert all(getattr(args, flag) == value for flag, value in values.items() if preset != "paper" or flag != "data")
-        assert {flag for flag, value in vars(args).items() if value is None} <= {"ref", "shard", "checkpoint_activations"}
+        assert {flag for flag, value in vars(args).items() if value is None} <= {
+            "ref", "shard", "checkpoint_activations", "save_every", "eval_every"}
         assert f"--preset {preset}" in parser.format_help()
     assert tp.parse_args("--preset tldr --beta 0.3".split()).beta == 0.3  # a flag given wins
     mine = tp.parse_args("--model mine --data mine.jsonl".split())  # never the toy's rate and lengths unasked

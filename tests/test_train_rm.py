@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load_rows
 from safetensors.torch import load_file, save_file
 
 import train_rm as rm
-from plumbing.data import read_rows, tokenize_rows
 from runs import finish, spoil
 
 SOURCE = Path(rm.__file__).read_text()
@@ -57,8 +57,7 @@ def load(directory, seed=0):
 def pairs_of(data, directory, max_length=34):
     """The pairs; at 34 tokens some responses are cut and end with another token than EOS."""
     limits = rm.load_tokenizer(directory), rm.read_config(directory).vocab_size, max_length, 26
-    rows = enumerate(read_rows(str(data), False, {}))
-    return [rm.Pair(*ids) for _, ids in tokenize_rows(rows, dict(skipped={}, cut={}), rm.split_pair, *limits)]
+    return list(load_rows(rm, data, *limits)[0])
 
 
 def responses(pairs):
@@ -449,7 +448,8 @@ def test_an_idle_rank_skips_no_step_for_a_pair_elsewhere(run_script, model_dir, 
     """A pair whose loss is NaN ends the updates of the steps that hold it and of no other, also where a rank runs out of pairs and
     computes one times 0, and where DDP's first backward is of that very pair."""
     def poison(tensors):
-        tensors["model.embed_tokens.weight"][ord("~")] = math.nan
+        (token,) = rm.load_tokenizer(model_dir)("~", add_special_tokens=False)["input_ids"]
+        tensors["model.embed_tokens.weight"][token] = math.nan
 
     poisoned = rewrite(model_dir, tmp_path / "poisoned", poison)
     rows = [dict(prompt=f"p{k}:", chosen="Aa~" if k == 0 else "Aa", rejected="Bbb") for k in range(5)]

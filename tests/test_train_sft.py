@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_rows
 from safetensors.torch import load_file
 
 import train_sft as sft
-from plumbing.data import read_rows, tokenize_rows
 
 build = lambda config: sft.build_model(lambda: sft.Llama(config, "torch"), "cpu", "fp32")
 
@@ -41,9 +41,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(model_dir, data, process_group):
     model = sft.load_weights(build(sft.read_config(model_dir)), model_dir)
-    rows, limits = enumerate(read_rows(str(data), False, {})), (sft.load_tokenizer(model_dir), 272, 48, 32)
-    rows = tokenize_rows(rows, dict(skipped={}, cut={}), sft.split_example, *limits)
-    return model, [sft.Example(*ids) for _, ids in rows]
+    return model, list(load_rows(sft, data, sft.load_tokenizer(model_dir), 272, 48, 32)[0])
 
 
 def ids_and_first(example):

@@ -95,7 +95,7 @@ def load_toy(directory, seed):
 
 def prompt_ids(tokenizer, texts):
     """Ids of prompts, with the BOS that they begin with in training."""
-    return [[tokenizer.bos_token_id, *ids] for ids in ev.encode(tokenizer, texts, len(make.WORDS))]
+    return [[tokenizer.bos_token_id, *ids] for ids in ev.encode(tokenizer, texts)]
 
 
 def draw(policy, ids, k, temperature, top_p, seed):
