@@ -19,6 +19,7 @@ completions a prompt. A response ends with its stop: the token, EOS or what the 
 policy said; samples keep it apart from the text (`stops`; null: cut at --max_new_tokens), and no judge sees it.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -45,10 +46,11 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import find_model, model_fingerprint, load_weights
 from plumbing.data import (SkipRow, apply_template, assistant_stop_id, count_skip, describe_skips, encode, encode_after,
-                           load_tokenizer, read_jsonl, read_rows, render_chat, stop_ids, truncate_prompt)
+                           finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows, render_chat, require_known,
+                           stop_ids, text_begin, text_messages, wrong_types)
 from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, parse_json,
                               print_rank0, read_json, read_text, run_main, to_json, write_atomically, write_text)
-from plumbing.run import Parser, check_ranges
+from plumbing.run import Parser, check_ranges, json_object
 
 
 # --------------------------------------------------------------------------------------------------- the estimators
@@ -474,9 +476,10 @@ def load_prompts(args, tokenizer, vocab_size):
     prompts = {}  # by what they say
     skipped = {}
     cut = {}
+    unread = {}  # columns, in the order in which they come
     for n_rows, (where, row) in enumerate(read_rows(args.data, True, RECIPES), 1):
         try:
-            content, tools, reference = read_prompt(row)
+            content, tools, reference, columns = read_prompt(row)
             key = json.dumps([content, tools])
             if key not in prompts:
                 if len(prompts) == args.n:
@@ -484,14 +487,19 @@ def load_prompts(args, tokenizer, vocab_size):
                 ids = None
                 if tokenizer is not None:
                     text = render_prompt(tokenizer, content, tools, args.model if "model" in args else args.ref)
-                    ids = prompt_ids(text, tokenizer, vocab_size, args, cut, where)
+                    ids = prompt_ids(text, isinstance(content, list), tokenizer, vocab_size, args, cut, where)
                 prompts[key] = Prompt(n_rows - 1, content, tools, ids, references=[])
             if reference and reference not in prompts[key].references:
                 prompts[key].references.append(reference)
+            for column, value in row.items():
+                if value is not None and column not in columns:
+                    unread[column] = True
         except SkipRow as skip:
             count_skip(skipped, str(skip), where)
     report = (f"{args.data}: {len(prompts)} prompts of {n_rows} rows; skipped: {describe_skips(skipped)}; cut:"
               f" {describe_skips(cut)}")
+    if unread:
+        report += f"; columns not read: {', '.join(unread)}"
     if not prompts:
         raise UserError(f"no usable prompts in {report}")
     print_rank0(report)
@@ -502,19 +510,21 @@ def load_prompts(args, tokenizer, vocab_size):
 
 
 def read_prompt(row):
-    """A data row -> prompt (a text, or a list of messages), tools or None, and (text, stop) of its response or None.
-    The stop is "": how the response ends is for its reader to say. Raises SkipRow."""
+    """A data row -> prompt (a text, or a list of messages), tools or None, (text, stop) of its response or None, and
+    the columns that were read. The stop is "": how the response ends is for its reader to say. Raises SkipRow."""
     if isinstance(row.get("prompt"), (str, list)) and not {"chosen", "completion", "messages"} & row.keys():
         prompt = row["prompt"]
         response = ""
+        columns = ("prompt",)
     else:
-        prompt, response = split_demonstration(row)
+        prompt, response, columns = split_demonstration(row)
     if not prompt:
         raise SkipRow("empty prompt")
-    if isinstance(prompt, list) and not is_conversation(prompt):
-        raise SkipRow("wrong types")
+    if isinstance(prompt, list):
+        prompt = text_messages(prompt)
     if isinstance(response, list):
-        if len(response) != 1 or not is_conversation(response) or not isinstance(response[0].get("content"), str):
+        response = text_messages(response)
+        if len(response) != 1 or not isinstance(response[0]["content"], str):
             raise SkipRow("a response that is not one message of text")
         response = response[0]["content"]
     tools = row.get("tools") or None
@@ -525,17 +535,7 @@ def read_prompt(row):
             raise SkipRow("tools that are not JSON") from None
     if LONE_SURROGATE.search(json.dumps([prompt, tools, response], ensure_ascii=False)):
         raise SkipRow("broken Unicode")
-    return prompt, tools, (response, "") if response else None
-
-
-def is_conversation(messages):
-    """Is it a list of messages that a chat template could take?"""
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return False
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            return False
-    return len(messages) > 0
+    return prompt, tools, (response, "") if response else None, (*columns, "tools")
 
 
 def render_prompt(tokenizer, content, tools, model):
@@ -571,11 +571,10 @@ def read_samples(path):
         if row.get("format") != SAMPLE_FORMAT:
             raise UserError(f"{where}: no sample of format {SAMPLE_FORMAT}. Older ones hold rendered conversations:"
                             f" make them anew. In rows of your own write \"format\": {SAMPLE_FORMAT}")
-        prompt = row.get("prompt")
         texts = row.get("completions")
         row.setdefault("references", [])
-        well_formed = isinstance(prompt, str) or isinstance(prompt, list) and is_conversation(prompt)
-        well_formed = well_formed and are_texts(texts) and texts and are_texts(row["references"])
+        well_formed = are_texts(texts) and texts and are_texts(row["references"])
+        well_formed = well_formed and is_prompt(row.get("prompt"))
         if not well_formed or len(row.setdefault("stops", [""] * len(texts))) != len(texts):
             raise UserError(f"{where}: want prompt (a text or messages), completions, references (texts) and stops, as"
                             " `sample` writes them")
@@ -584,13 +583,22 @@ def read_samples(path):
     return samples
 
 
+def is_prompt(content):
+    """Is it a text or a conversation?"""
+    try:
+        return isinstance(content, str) or len(text_messages(content)) > 0
+    except SkipRow:
+        return False
+
+
 def are_texts(values):
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
+@functools.lru_cache(maxsize=4)  # the template is rendered for it, which would take longer than a row does
 def stop_texts(tokenizer):
-    """{text of a token that may end a response: its id}"""
-    return {tokenizer.decode([token], skip_special_tokens=False): token for token in stop_ids(tokenizer)}
+    """{text of a token that ends a response: its id}"""
+    return {tokenizer.decode([token], skip_special_tokens=False): token for token in sorted(stop_ids(tokenizer))}
 
 
 def completion_text(ids, stops, tokenizer):
@@ -610,40 +618,44 @@ def scored_ids(tokenizer, prompt, tools, responses, vocab_size, args):
     pair, rendered by the reward model's own template and cut alike. A stop of None: it was cut, and has none; any other
     is the template's own for a conversation, and for a text itself, or EOS where this tokenizer does not know it. An
     empty response is a stop alone. Raises SkipRow; UserError where a conversation finds no template."""
+    conversation = isinstance(prompt, list)
     prompt_text = render_prompt(tokenizer, prompt, tools, args.rm)
-    x = prompt_ids(prompt_text, tokenizer, vocab_size, args, {}, "")
-    stops = stop_ids(tokenizer)
-    known_stops = stop_texts(tokenizer)
-    end = tokenizer.eos_token_id
+    x = prompt_ids(prompt_text, conversation, tokenizer, vocab_size, args, {}, "")
+    stops = stop_texts(tokenizer)
+    end = assistant_stop_id(tokenizer) if conversation else tokenizer.eos_token_id
     texts = [text for text, _ in responses]
-    if isinstance(prompt, list):
-        end = assistant_stop_id(tokenizer)
+    if conversation:
         for k, text in enumerate(texts):
             if text.strip():
                 _, texts[k] = render_chat(tokenizer, prompt, [dict(role="assistant", content=text)], tools)
     ys = []
-    for y, (text, stop) in zip(encode_after(tokenizer, [prompt_text] * len(texts), texts, vocab_size), responses):
-        has_stop = len(y) > 0 and y[-1] in stops
+    for y, (text, stop) in zip(encode_after(tokenizer, [prompt_text] * len(texts), texts), responses):
+        require_known(y, vocab_size)
+        has_stop = len(y) > 0 and y[-1] in stops.values()
         if stop is None and text:
-            if has_stop and isinstance(prompt, list):
+            if has_stop and conversation:
                 y = y[:-1]  # the template wrote it, the policy did not come to it
-        elif isinstance(prompt, list) and text or stop == "":
-            y = y if has_stop else y + [end]
-        else:
-            y = y + [known_stops.get(stop, end)]
+        elif stop in stops and not conversation:
+            y = y + [stops[stop]]
+        elif not has_stop:
+            y = y + [end]
         ys.append(y[: args.max_length - len(x)])
     return x, ys
 
 
-def load_model(name, make, args, device):
+def load_model(name, make, precision, device, chat_template_kwargs=None):
     """A model directory or Hub id -> (model, tokenizer, directory). Weights are kept in the dtype of the products, but
     for a reward model's head, which is float32 as in training."""
     directory = find_model(name)
-    model = load_weights(build_model(lambda: make(read_config(directory)), device, args.precision), directory)
+    model = load_weights(build_model(lambda: make(read_config(directory)), device, precision), directory)
     model.model.to(model.model.dtype)
     if getattr(model, "lm_head", None) is not None:
         model.lm_head.to(model.model.dtype)
-    return model.eval(), load_tokenizer(directory, args.chat_template_kwargs), directory
+    return model.eval(), load_tokenizer(directory, chat_template_kwargs), directory
+
+
+def load_by_flags(name, make, args, device):
+    return load_model(name, make, args.precision, device, args.chat_template_kwargs)
 
 
 def check_room(c, directory, length, args):
@@ -652,19 +664,13 @@ def check_room(c, directory, length, args):
         check_length(c, directory, length)
 
 
-def sampling_stops(directory, tokenizer):
-    """The ids that end a completion: EOS, what the chat template ends a turn with, generation_config.json's. Says once
-    what else that file asks for: the flags decide how is sampled."""
+def warn_of_sampling_config(directory):
+    """Say once what else than stops a model's generation_config.json asks for: the flags decide how is sampled."""
     path = directory / "generation_config.json"
     config = read_json(path) if path.exists() else {}
-    stops = config.get("eos_token_id")
-    stops = stops if isinstance(stops, list) else [stops]
-    if not all(stop is None or type(stop) is int for stop in stops):
-        raise UserError(f"{path}: eos_token_id is {config['eos_token_id']!r:.100}: want an id or a list of ids")
     ignored = [f"{key} {value!r:.40}" for key, value in config.items() if key not in NO_SAMPLING and value is not None]
     if ignored:
-        print_rank0(f"{path}: ignored, the flags decide how is sampled: {', '.join(ignored)}")
-    return sorted({tokenizer.eos_token_id, assistant_stop_id(tokenizer), *stops} - {None})
+        print_rank0(f"{path}: ignored, as the flags decide how is sampled: {', '.join(ignored)}")
 
 
 # Of generation_config.json: what does not change what is said.
@@ -782,10 +788,11 @@ def sample(args):
         fingerprint = None
         prompts, digest = load_prompts(args, tokenizer=None, vocab_size=None)
     else:
-        policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
+        policy, tokenizer, directory = load_by_flags(args.model, CausalLM, args, device)
         check_room(policy.config, directory, args.max_prompt_length + args.max_new_tokens, args)
+        warn_of_sampling_config(directory)
         fingerprint = model_fingerprint(directory)
-        stops = sampling_stops(directory, tokenizer)
+        stops = sorted(stop_ids(tokenizer))
         prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy.config.vocab_size))
     provenance = vars(args) | dict(policy=fingerprint, prompts=digest, format=SAMPLE_FORMAT)
 
@@ -827,7 +834,7 @@ def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device)
+    reward_model, tokenizer, directory = load_by_flags(args.rm, RewardModel, args, device)
     check_room(read_config(directory), directory, args.max_length, args)
     vocab_size = reward_model.model.embed_tokens.num_embeddings
     samples = read_samples(args.samples)
@@ -903,15 +910,18 @@ Evaluation = namedtuple("Evaluation", "run path name weights step epoch row_exis
 def golden(args):
     """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, args.precision, device)
-    ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, args.precision, device)
+    reward_model, rm_tokenizer, rm_directory = load_by_flags(args.rm, RewardModel, args, device)
+    ref, tokenizer, ref_directory = load_by_flags(args.ref, CausalLM, args, device)
     check_room(read_config(rm_directory), rm_directory, args.max_length, args)
     check_room(ref.config, ref_directory, args.max_prompt_length + args.max_new_tokens, args)
-    stops = sampling_stops(ref_directory, tokenizer)
+    warn_of_sampling_config(ref_directory)
+    stops = sorted(stop_ids(tokenizer))
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
     protocol = {name: getattr(args, name) for name in PROTOCOL}
+    if args.chat_template_kwargs:
+        protocol["chat_template_kwargs"] = args.chat_template_kwargs
     made_of = dict(rm=model_fingerprint(rm_directory), ref=model_fingerprint(ref_directory), prompts=digest)
     settings = hashlib.sha256(json.dumps([protocol, made_of]).encode()).hexdigest()[:12]
     evaluations, failures = on_rank_0(lambda: find_work(args, ref_directory, made_of["ref"], settings))
@@ -939,7 +949,7 @@ def golden(args):
                 known = dict(references)
                 policy = ref
                 if evaluation.step > 0:
-                    policy, _, _ = load_model(str(evaluation.path), CausalLM, args.precision, device)
+                    policy, _, _ = load_by_flags(str(evaluation.path), CausalLM, args, device)
                 if policy.config.vocab_size != ref.config.vocab_size:
                     raise UserError(f"its vocabulary has {policy.config.vocab_size} tokens, that of --ref"
                                     f" {ref.config.vocab_size}")
@@ -1129,9 +1139,10 @@ def bench(args):
     """Answers to the questions of AlpacaEval 2 or MT-Bench, in their formats; what turn N says, in OUT.turnN.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device)
+    policy, tokenizer, directory = load_by_flags(args.model, CausalLM, args, device)
     check_room(policy.config, directory, args.max_prompt_length + args.max_new_tokens, args)
-    stops = sampling_stops(directory, tokenizer)
+    warn_of_sampling_config(directory)
+    stops = sorted(stop_ids(tokenizer))
     skipped = {}
     cut = {}
     questions = read_questions(args, skipped)
@@ -1155,7 +1166,8 @@ def bench(args):
             try:
                 content = dialogue(messages) if args.template == "hh" else messages[:]
                 text = render_prompt(tokenizer, content, None, args.model)
-                ids = prompt_ids(text, tokenizer, policy.config.vocab_size, args, cut, question["where"])
+                ids = prompt_ids(text, isinstance(content, list), tokenizer, policy.config.vocab_size, args, cut,
+                                 question["where"])
                 prompts[number] = Prompt(number, content, None, ids, references=[])
             except SkipRow as skip:
                 count_skip(skipped, str(skip), question["where"])
@@ -1196,8 +1208,12 @@ def read_questions(args, skipped):
 def dialogue(messages):
     """Messages up to a user's as one text in the form of Anthropic's HH, which ends where the answer is to come."""
     names = dict(user="Human", assistant="Assistant", system="System")
-    turns = [f"\n\n{names.get(message['role'], message['role'])}: {message['content']}" for message in messages]
-    return "".join(turns) + "\n\nAssistant:"
+    text = ""
+    for message in messages:
+        name = names.get(message["role"], message["role"])
+        content = message.get("content") or to_json(message["tool_calls"])
+        text += f"\n\n{name}: {content}"
+    return text + "\n\nAssistant:"
 
 
 def bench_row(suite, question, generator):

@@ -99,7 +99,7 @@ def test_greedy_equals_transformers_on_smollm(smollm, shared, process_group):
     model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
     posts = [row["prompt"] for _, row in itertools.islice(ev.read_jsonl(shared / "data" / "tldr_sft.jsonl.gz"), 2)]
     prompts = [tokenizer.encode(post, add_special_tokens=False)[-60:] for post in posts] + [tokenizer.encode("The capital of France is")]
-    stops = ev.sampling_stops(directory, tokenizer)
+    stops = sorted(ev.stop_ids(tokenizer))
     for prompt, completions in zip(prompts, sampled(policy, prompts, 2, 16, stops, temperature=0)):
         assert completions == [greedy_by_transformers(model, prompt, 16, stops)] * 2
 

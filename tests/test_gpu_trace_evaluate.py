@@ -89,7 +89,7 @@ def trace(folder, device, precision, place="", bad=""):
     module.__file__, sys.modules["evaluate"] = str(ROOT / "evaluate.py"), module
     exec(compile(text, module.__file__, "exec"), module.__dict__)
 
-    def load_model(name, make, precision, device, original=module.load_model):
+    def load_model(name, make, precision, device, chat_template_kwargs=None, original=module.load_model):
         model, *others = original(name, make, precision, "cpu")
         if device.type == "gpu":
             for part in model.modules():
