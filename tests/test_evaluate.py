@@ -402,9 +402,8 @@ def test_conversations_are_rendered(run_script, policy_dir, tmp_path):
     assert [(row["prompt"], row["references"]) for row in rows] == [([user], ["ho"]), ([user, *answer, user], ["ho"])]
     policy, tokenizer, _ = load(directory)  # what they are answers to is what the template makes of them
     for row, text in zip(rows, ("[user]hi[assistant]", "[user]hi[assistant]ho[user]hi[assistant]")):
-        prompt = [256, *tokenizer.encode(text, add_special_tokens=False)]
-        ids = sampled(policy, [prompt], 3, 12, [257], 0.7, 0.95)[0]
-        assert row["n_tokens"] == [len(y) for y in ids]
+        ids = sampled(policy, [tokenizer.encode(text, add_special_tokens=False)], 3, 12, [257], 0.7, 0.95)[0]
+        assert row["completions"] == [tokenizer.decode([i for i in y if i != 257]) for y in ids]
 
 
 # ------------------------------------------------------------------------------------------------------ the commands: label
@@ -719,7 +718,7 @@ def test_a_samples_stop_is_kept_apart(run_script, chat_dirs, tmp_path):
                            "--max_new_tokens", 60, "--temperature", 1, "--top_p", 1).ok()
     (row,) = read(tmp_path / "s.jsonl")
     policy, tokenizer, _ = load(policy_dir)
-    prompt = [256, *ids_of(policy_dir, "[user]hi"), EOT, *ids_of(policy_dir, "[assistant]")]
+    prompt = [*ids_of(policy_dir, "[user]hi"), EOT, *ids_of(policy_dir, "[assistant]")]  # the template writes no BOS
     assert row["prompt"] == [dict(role="user", content="hi")] and set(row["stops"]) == {"</s>", "<|eot|>", None}
     for text, stop, n, ids in zip(row["completions"], row["stops"], row["n_tokens"], sampled(policy, [prompt], 300, 60, [257, EOT])[0]):
         assert n == len(ids) and stop == {257: "</s>", EOT: "<|eot|>"}.get(ids[-1]) and (stop or n == 60)
@@ -737,7 +736,7 @@ def test_labels_are_of_what_was_said(run_script, chat_dirs, tmp_path):
     run_script("evaluate")("label", "--rm", rm_dir, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").ok()
     of = lambda *parts: [256, *itertools.chain.from_iterable([part] if isinstance(part, int) else ids_of(rm_dir, part) for part in parts)]
     ids = {"4": of("sum:4", EOT), "5": of("sum:5", 257), "6": of("sum:6", 257), "7": of("sum:7", 257),  # <x> is no token here
-           "8": of("[user]hi", EOT, "[assistant]8", EOT), "9": of("[user]hi", EOT, "[assistant]9", EOT)}
+           "8": of("[user]hi", EOT, "[assistant]8", EOT)[1:], "9": of("[user]hi", EOT, "[assistant]9", EOT)[1:]}
     exact = {text: reward_of_ids(rm_dir, of_text) for text, of_text in ids.items()}
     for row, found in zip(rows, read(tmp_path / "p.scores.jsonl")):
         assert found["rewards"] == pytest.approx([exact[text] for text in row["completions"]], abs=1e-5)
@@ -761,7 +760,7 @@ def test_references_end_as_the_template_ends_them(run_script, chat_dirs, tmp_pat
     assert "1 prompts of 1 rows" in result.out
     (row,) = read(next((run / "golden_samples").rglob("reference.jsonl")))
     assert row["references"] == ["ho"]
-    ids = [256, *ids_of(rm_dir, "[user]hi"), EOT, *ids_of(rm_dir, "[assistant]ho"), EOT]
+    ids = [*ids_of(rm_dir, "[user]hi"), EOT, *ids_of(rm_dir, "[assistant]ho"), EOT]
     assert row["reference_rewards"] == pytest.approx([reward_of_ids(rm_dir, ids)], abs=1e-5)
 
 
