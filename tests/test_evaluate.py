@@ -818,6 +818,207 @@ def test_a_policy_ties_with_its_own_words(run_script, tmp_path):
         assert (row["win_rate"], row["win_rate_se"]) == (0.5, 0.0)
 
 
+# --------------------------------------------------------------------------- a conversation, as each model's template has it
+# Another family's: it trims what is said, writes BOS and other marks, and a line break after its stop.
+RM_CHAT = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<|eot|>\n{% endfor %}"
+           "{% if add_generation_prompt %}<assistant>{% endif %}")
+TOOLS = [dict(type="function", function=dict(name="look", description="look up", parameters=dict(type="object", properties={})))]
+
+
+@pytest.fixture(scope="module")
+def other_rm(rm_dir, tmp_path_factory):
+    """The reward model with a template of its own."""
+    import shutil
+
+    directory = shutil.copytree(rm_dir, tmp_path_factory.mktemp("other") / "rm")
+    byte_tokenizer(directory, chat_template=RM_CHAT, additional_special_tokens=["<|eot|>"])
+    return directory
+
+
+def rendered_ids(directory, messages, **how):
+    """What transformers makes of a conversation, in ids."""
+    return AutoTokenizer.from_pretrained(directory).apply_chat_template(messages, tokenize=True, return_dict=False, **how)
+
+
+def test_a_conversation_is_rendered_by_its_reader(run_script, chat_dirs, other_rm, tmp_path):
+    """sample -> label: the policy reads the prompt by its template, the reward model all of it by its own, as transformers
+    renders them; the pair is messages, as TRL reads it; a cut completion has no stop, and an empty one nothing else."""
+    policy_dir, _ = chat_dirs
+    run, user = run_script("evaluate"), [dict(role="user", content="hi "), dict(role="assistant", content="ho"), dict(role="user", content="x")]
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=user, tools=TOOLS)) + "\n")
+    run("sample", "--model", policy_dir, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s.jsonl", "--k", 40, "--max_new_tokens", 60,
+        "--temperature", 1, "--top_p", 1).ok()
+    (sample,) = read(tmp_path / "s.jsonl")
+    assert sample["prompt"] == user and sample["tools"] == TOOLS
+    policy = load(policy_dir)[0]
+    prompt = rendered_ids(policy_dir, user, tools=TOOLS, add_generation_prompt=True)
+    assert sample["n_tokens"] == [len(y) for y in sampled(policy, [prompt], 40, 60, [257, EOT])[0]]
+    said = [" one ", "two", "three", ""]
+    rows = [dict(sample, completions=said, stops=["</s>", "<|eot|>", None, "<|eot|>"], n_tokens=[1] * 4)]
+    run("label", "--rm", other_rm, "--samples", write_samples(tmp_path / "t.jsonl", rows), "--out", tmp_path / "p.jsonl").ok()
+    exact = []
+    for text in said[:3]:
+        ids = rendered_ids(other_rm, user + [dict(role="assistant", content=text)])
+        assert ids[-2:] == [EOT, *ids_of(other_rm, "\n")]
+        exact.append(reward_of_ids(other_rm, ids[:-2] if text == "three" else ids[:-1]))  # the line break is nobody's to say
+    exact.append(reward_of_ids(other_rm, rendered_ids(other_rm, user, add_generation_prompt=True) + [EOT]))
+    assert read(tmp_path / "p.scores.jsonl")[0]["rewards"] == pytest.approx(exact, abs=1e-5)
+    (pair,) = read(tmp_path / "p.jsonl")
+    best, worst = (" one ", "two") if exact[0] > exact[1] else ("two", " one ")
+    assert pair["prompt"] == user and pair["tools"] == TOOLS
+    assert pair["chosen"] == [dict(role="assistant", content=best)] and pair["rejected"] == [dict(role="assistant", content=worst)]
+
+
+def test_golden_of_a_conversation(run_script, chat_dirs, other_rm, tmp_path):
+    """Its prompt by the reference's template, what is said and the data's response by the reward model's."""
+    policy_dir, _ = chat_dirs
+    user = [dict(role="user", content="hi")]
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=user, completion=[dict(role="assistant", content=" ho")])) + "\n")
+    run = bare_run(tmp_path / "run", policy_dir)
+    run_script("evaluate")("golden", "--rm", other_rm, "--ref", policy_dir, "--data", tmp_path / "d.jsonl", "--max_new_tokens", 12, "--keep_samples",
+                           "--temperature", 0, "--k", 1, run).ok()
+    (row,) = read(next((run / "golden_samples").rglob("reference.jsonl")))
+    ids = sampled(load(policy_dir)[0], [rendered_ids(policy_dir, user, add_generation_prompt=True)], 1, 12, [257, EOT], temperature=0)[0][0]
+    assert row["n_tokens"] == [len(ids)] and row["prompt"] == user and row["references"] == [" ho"]
+    answer = lambda text: rendered_ids(other_rm, user + [dict(role="assistant", content=text)])
+    ours = answer(row["completions"][0])[: -1 if row["stops"][0] else -2]
+    assert row["rewards"] == pytest.approx([reward_of_ids(other_rm, ours)], abs=1e-5)
+    assert row["reference_rewards"] == pytest.approx([reward_of_ids(other_rm, answer(" ho")[:-1])], abs=1e-5)
+
+
+def test_a_reward_model_without_a_template(run_script, rm_dir, policy_dir, tmp_path):
+    rows = [dict(prompt=[dict(role="user", content="hi")], completions=["a", "b"])]
+    run_script("evaluate")("label", "--rm", rm_dir, "--samples", write_samples(tmp_path / "s.jsonl", rows), "--out", tmp_path / "p.jsonl").refused(
+        rm_dir, "has no chat template", "conversations")
+    assert not (tmp_path / "p.jsonl").exists()
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=rows[0]["prompt"])) + "\n")
+    run_script("evaluate")("sample", "--model", policy_dir, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "t.jsonl").refused(
+        policy_dir, "has no chat template", "conversations")
+
+
+def test_a_token_that_the_model_lacks(run_script, policy_dir, tmp_path):
+    """The tokenizer has 20 more, the model 13 more than the 259: a row that spells one of the last is left out, and counted."""
+    import shutil
+
+    directory = shutil.copytree(policy_dir, tmp_path / "m")
+    byte_tokenizer(directory, additional_special_tokens=[f"<t{k}>" for k in range(20)])
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(dict(prompt=text)) + "\n" for text in ("a <t0>", "b <t19>", "c")))
+    result = run_script("evaluate")(*sample_args(directory, tmp_path / "d.jsonl", tmp_path / "s.jsonl")).ok()
+    assert "2 prompts of 3 rows; skipped: 1 token outside the vocabulary of 272" in result.out and f"(first {tmp_path}/d.jsonl:2)" in result.out
+    assert [row["prompt"] for row in read(tmp_path / "s.jsonl")] == ["a <t0>", "c"]
+
+
+def test_sampling_settings_of_the_model_are_said_to_be_ignored(run_script, policy_dir, prompt_file, tmp_path):
+    """Greedy text is transformers' without the penalty, and the screen says so, once."""
+    import shutil
+
+    directory = shutil.copytree(policy_dir, tmp_path / "m")
+    asks = dict(bos_token_id=256, eos_token_id=257, repetition_penalty=1.3, no_repeat_ngram_size=3, max_length=20)
+    (directory / "generation_config.json").write_text(json.dumps(asks))
+    result = run_script("evaluate")(*sample_args(directory, prompt_file, tmp_path / "s.jsonl", "--temperature", 0, "--n", 2)).ok()
+    assert result.out.count("ignored") == 1 and "repetition_penalty 1.3, no_repeat_ngram_size 3" in result.out and "max_length" not in result.out
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 1.0, 0
+    for row in read(tmp_path / "s.jsonl"):
+        ids = greedy_by_transformers(model, AutoTokenizer.from_pretrained(directory)(row["prompt"])["input_ids"], 12, 257)
+        assert row["completions"][0] == load(policy_dir)[1].decode([i for i in ids if i != 257])
+
+
+# ---------------------------------------------------------------------------------------- finite or refused, one bad checkpoint
+def spoiled(directory, to, name, value=math.nan):
+    """A copy of a model with one weight that is not finite."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(directory, to)
+    weights = load_file(to / "model.safetensors")
+    weights[name].view(-1)[0] = value
+    save_file(weights, to / "model.safetensors", dict(format="pt"))
+    return to
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_policy_that_is_not_finite(run_script, policy_dir, prompt_file, tmp_path, temperature, value):
+    bad = spoiled(policy_dir, tmp_path / "m", "model.norm.weight", value)
+    run_script("evaluate")(*sample_args(bad, prompt_file, tmp_path / "s.jsonl", "--temperature", temperature)).refused(
+        bad, "logits are not finite", "row 0 of the data")
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_an_id_that_is_masked_is_finite(tiny_llama, tmp_path, process_group):
+    """Logits of -inf, of ids that a model never says, are no fault: they are not drawn, and the others are."""
+    policy = load(tiny_llama(tmp_path / "m"))[0]
+    original = policy.logits
+    policy.logits = lambda hidden: original(hidden).index_fill(1, torch.arange(250), -math.inf)
+    (ys,) = sampled(policy, [[5, 6, 7]], 4, 12, [])
+    assert all(y is not None and min(y) >= 250 for y in ys)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_model_that_is_not_finite(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path, value):
+    import shutil
+
+    bad = spoiled(rm_dir, tmp_path / "rm", "score.weight", value)
+    write_samples(tmp_path / "s.jsonl", [dict(prompt="one:", completions=["a", "bb"])])
+    run_script("evaluate")("label", "--rm", bad, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").refused(
+        bad, "reward is not finite", f"{tmp_path}/s.jsonl:1")
+    assert not (tmp_path / "p.jsonl").exists() and not (tmp_path / "p.scores.jsonl").exists()
+    copy = shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("golden*"))
+    run_script("evaluate")(*golden_args(policy_dir, bad, prompt_file, copy)).refused(bad, "reward is not finite", "row 0")
+    assert not (copy / "golden.jsonl").exists()
+
+
+def test_one_bad_checkpoint_or_run(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path):
+    """A checkpoint of NaN, a cut one, one of another run, and a folder that is no run: each is said with what is wrong, exit
+    code 1, and all others are evaluated; once it is mended, the same command evaluates the rest."""
+    import shutil
+
+    copy, other = (shutil.copytree(run_dir, tmp_path / name, ignore=shutil.ignore_patterns("golden*")) for name in ("run", "other"))
+    shutil.rmtree(copy / "step_000002")
+    spoiled(run_dir / "step_000002", copy / "step_000002", "model.norm.weight")
+    (copy / "step_000002" / "manifest.json").unlink()
+    shutil.rmtree(copy / "step_000002" / "trainer", ignore_errors=True)
+    shutil.copytree(run_dir / "step_000004", copy / "step_000003")
+    manifest = json.loads((copy / "step_000003" / "manifest.json").read_text())
+    (copy / "step_000003" / "manifest.json").write_text(json.dumps(manifest | dict(run="0123456789abcdef")))
+    weights = other / "step_000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = run_script("evaluate")(*golden_args(policy_dir, rm_dir, prompt_file, other, tmp_path / "nothing", copy))
+    assert result.code == 1 and "Traceback" not in result.err and "4 runs or checkpoints could not be evaluated" in result.err
+    for words in (f"failed: {copy}/step_000002: ", f"failed: {copy}/step_000003 is a checkpoint of another run", "failed: " + str(tmp_path / "nothing"),
+                  f"failed: {other}/step_000004"):
+        assert words in result.out, words
+    assert [row["step"] for row in read(copy / "golden.jsonl")] == [0, 4] and [row["step"] for row in read(other / "golden.jsonl")] == [0, 2]
+    shutil.rmtree(other / "step_000004")
+    shutil.copytree(run_dir / "step_000004", other / "step_000004")
+    run_script("evaluate")(*golden_args(policy_dir, rm_dir, prompt_file, other)).ok()
+    assert [row["step"] for row in read(other / "golden.jsonl")] == [0, 2, 4]
+
+
+def test_golden_goes_on_to_the_same_bytes(run_script, tmp_path):
+    """Checkpoints that mostly say what the reference says: what was computed before must not decide which rewards are computed
+    together. Killed after any row, or asked for one run alone, the rows are the same to the last bit."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    run = bare_run(tmp_path / "run", TOY / "sft", steps=3)
+    for step in (1, 2, 3):
+        shutil.copytree(TOY / "sft", run / f"step_{step:06d}", ignore=shutil.ignore_patterns("manifest.json"))
+        weights = load_file(TOY / "sft" / "model.safetensors")
+        save_file({name: weight * (1 + 0.01 * step) for name, weight in weights.items()}, run / f"step_{step:06d}" / "model.safetensors")
+    argv = ["golden", "--preset", "toy", "--n", 24, "--max_new_tokens", 24, "--batch_size", 16, run]
+    run_script("evaluate")(*argv).ok()
+    whole = (run / "golden.jsonl").read_bytes()
+    rows = whole.splitlines(keepends=True)
+    for n_left in (1, 2, 3):
+        (run / "golden.jsonl").write_bytes(b"".join(rows[:n_left]) + rows[n_left][:50])
+        run_script("evaluate")(*argv).ok()
+        assert (run / "golden.jsonl").read_bytes() == whole
+
+
 # -------------------------------------------------------------------------------------------- files of others, and two at once
 def test_two_samplers_on_one_output(run_script, policy_dir, prompt_file, tmp_path):
     """While one writes, the next is refused and says who it is."""

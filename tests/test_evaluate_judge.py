@@ -26,7 +26,8 @@ KEY = "sk-test-3f9a51c07be2d846"
 # -------------------------------------------------------------------------------------------------------------- the server
 class Server(http.server.ThreadingHTTPServer):
     """Calls behave(request, nth), where nth counts how often the same body has come, for every request -> a text to answer
-    with, or a fault: (status, headers) or "cut", "truncated", "page", "hang"."""
+    with, a dict of what a reply holds besides, bytes to send, or a fault: (status, headers) or "cut", "truncated", "page",
+    "hang", "drip", a byte a quarter of a second."""
 
     daemon_threads, block_on_close, request_queue_size = True, False, 64
 
@@ -68,8 +69,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(server.latency)
         with server.lock:
             server.under_way -= 1
+        if isinstance(answer, bytes):
+            return self.send(200, answer)
+        if answer == "drip":
+            self.send(200, b"", length=10**6)
+            while not server.released.wait(0.25):
+                self.wfile.write(b" ")
+                self.wfile.flush()
         if isinstance(answer, tuple):
             message = f"refused, your key {self.headers['Authorization']} notwithstanding"
+            if len(answer) > 1 and isinstance(answer[1], str):  # the server's own words
+                message, answer = answer[1], answer[:1]
             return self.send(answer[0], json.dumps(dict(error=dict(message=message))).encode(), **dict(answer[1:]))
         if answer == "page":
             return self.send(200, b"<html>a proxy</html>", **{"Content-Type": "text/html"})
@@ -78,7 +88,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choice = dict(index=0, message=dict(role="assistant", content=text["text"]), finish_reason=text["finish_reason"])
         else:
             choice = dict(index=0, text=text["text"], finish_reason=text["finish_reason"])
-        reply = dict(id="1", object="x", created=0, model="judge-2026", choices=[choice])
+        reply = dict(id="1", object="x", created=0, model=text.get("model", "judge-2026"), choices=[choice])
         if "usage" in text:
             reply["usage"] = dict(prompt_tokens=1, completion_tokens=text["usage"], total_tokens=1)
         payload = json.dumps(reply).encode()
@@ -351,6 +361,119 @@ def test_refusals_stop_the_run(server, tmp_path, status):
         judge(server, tmp_path, samples=samples(tmp_path / "s", 50), concurrency=2)
     assert len(server.requests) <= 4
     no_key(tmp_path, str(error.value))
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_request_that_is_refused(server, tmp_path, status):
+    """By a content filter, or as too long: one failed item, asked again by the next run; all others are judged."""
+    refused = lambda request, nth: (status,) if "question 3?" in content(request) else fair(request)
+    server.reset(refused)
+    with pytest.raises(evaluate.UserError, match=f"1 of 20 requests failed.*{status}") as error:
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 20), concurrency=2)
+    summary = json.loads((tmp_path / "verdicts.summary.json").read_text())
+    assert (summary["scored"], summary["missing"], len(server.requests)) == (19, 1, 20)
+    no_key(tmp_path, str(error.value))
+    with pytest.raises(evaluate.UserError, match="1 of 1 requests failed"):
+        judge(server, tmp_path, samples=tmp_path / "s")
+    assert len(server.requests) == 21
+    server.reset(lambda request, nth: fair(request))
+    assert judge(server, tmp_path, samples=tmp_path / "s")["scored"] == 20 and len(server.requests) == 1
+
+
+def test_refusals_of_many(server, tmp_path):
+    """However many in a row, they do not keep the others from being asked; if nothing at all is answered, it ends."""
+    number = lambda request: int(re.search(r"question (\d+)", content(request))[1])
+    server.reset(lambda request, nth: (400,) if 1 <= number(request) < 50 else fair(request))
+    with pytest.raises(evaluate.UserError, match="49 of 60 requests failed"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 60), concurrency=1)
+    assert len(server.requests) == 60 and len(read_jsonl(tmp_path / "verdicts.jsonl")) == 11
+    server.reset(lambda request, nth: (400,))
+    with pytest.raises(evaluate.UserError, match="20 of 60 requests failed"):
+        judge(server, tmp_path, samples=tmp_path / "s", judge="other", concurrency=1)
+    assert len(server.requests) == 20
+
+
+# What OpenAI's reasoning models say.
+NO_MAX_TOKENS = (400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")
+NO_TEMPERATURE = (400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.")
+
+
+def reasoning_model(request, nth):
+    if "max_tokens" in request:
+        return NO_MAX_TOKENS
+    return NO_TEMPERATURE if request.get("temperature", 1) != 1 else fair(request)
+
+
+def test_a_judge_that_wants_another_form(server, tmp_path, capsys):
+    """It is asked in the form that it takes, found once; the verdicts' keys are those of any other judge's."""
+    server.reset(reasoning_model)
+    assert judge(server, tmp_path, samples=samples(tmp_path / "s", 5), concurrency=1)["scored"] == 5
+    assert len(server.requests) == 5 + 2
+    for _, request in server.requests[2:]:
+        assert request["max_completion_tokens"] == 2048 and not {"max_tokens", "temperature"} & request.keys()
+    printed = capsys.readouterr().out
+    assert printed.count("does not take temperature: asked without it") == 1 and printed.count("asked max_completion_tokens") == 1
+    keys = {row["key"] for row in read_jsonl(tmp_path / "verdicts.jsonl")}
+    (tmp_path / "verdicts.jsonl").unlink()
+    server.reset(lambda request, nth: fair(request))
+    judge(server, tmp_path, samples=tmp_path / "s")
+    assert {row["key"] for row in read_jsonl(tmp_path / "verdicts.jsonl")} == keys
+    assert all(request["temperature"] == 0 and request["max_tokens"] == 2048 for _, request in server.requests)
+
+
+def test_no_sample_is_drawn_at_another_temperature(server):
+    server.reset(reasoning_model)
+    with pytest.raises(evaluate.UserError, match="1 of 1 requests failed.*temperature"):
+        completions(server, [(0, [dict(role="user", content="hi")])], k=1)
+    assert all(request["temperature"] == 0.7 for _, request in server.requests)
+
+
+@pytest.mark.parametrize("reply", [None, [dict(type="text", text="More helpful: A")], 7])
+def test_a_reply_that_is_no_text(server, tmp_path, reply):
+    """It is a failure for judge and sample alike: nothing of it is kept, and the run goes on."""
+    broken = lambda request, nth: dict(text=reply, finish_reason="stop") if "question 2?" in content(request) else fair(request)
+    server.reset(broken)
+    with pytest.raises(evaluate.UserError, match="1 of 4 requests failed.*content is no text"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 4))
+    assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 3
+    server.reset(lambda request, nth: dict(text=reply, finish_reason="stop") if "messages" in request else sampled(request))
+    kept = {}
+    with pytest.raises(evaluate.UserError, match="1 of 3 requests failed.*content is no text"):
+        completions(server, PROMPTS, keep=kept.update)
+    assert kept.keys() == {0, 2}
+
+
+def test_a_deeply_nested_reply(server, tmp_path):
+    server.reset(lambda request, nth: b"[" * 100000 if "question 1?" in content(request) else fair(request))
+    with pytest.raises(evaluate.UserError, match="1 of 3 requests failed"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 3))
+
+
+def test_a_byte_now_and_then(server, tmp_path, monkeypatch):
+    """A read of which never times out: the request does."""
+    monkeypatch.setattr(evaluate, "TOTAL_TIME", 2)
+    server.reset(lambda request, nth: "drip" if "question 1?" in content(request) else fair(request))
+    began = time.monotonic()
+    with pytest.raises(evaluate.UserError, match="1 of 4 requests failed.*within 2 seconds"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 4), concurrency=1)
+    assert 2 <= time.monotonic() - began < 20 and len(read_jsonl(tmp_path / "verdicts.jsonl")) == 3
+
+
+def test_redirects_are_not_followed(server, tmp_path):
+    """Prompts and key go to the host that was named, and to no other."""
+    elsewhere = Server()
+    server.reset(lambda request, nth: (307, ("Location", f"{elsewhere.url}/chat/completions")))
+    with pytest.raises(evaluate.UserError, match="refuses a request.*307|Redirect"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 2))
+    assert not elsewhere.requests
+    elsewhere.shutdown()
+
+
+def test_a_summary_of_the_users_own(server, tmp_path):
+    (tmp_path / "verdicts.summary.json").write_text('{"my": "notes"}')
+    with pytest.raises(evaluate.UserError, match="verdicts.summary.json is not one that this command wrote"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 2))
+    assert (tmp_path / "verdicts.summary.json").read_text() == '{"my": "notes"}' and not server.requests
 
 
 def test_a_wrong_key_is_one_line(server, tmp_path):
@@ -655,6 +778,33 @@ def test_a_key_in_a_verdict_is_cut_out(server, tmp_path, capsys):
     assert judge(server, tmp_path, samples=samples(tmp_path / "s", 3))["scored"] == 3
     assert "your key is [key]" in read_jsonl(tmp_path / "verdicts.jsonl")[0]["text"]
     no_key(tmp_path, *capsys.readouterr())
+
+
+def test_a_key_in_any_other_field_is_cut_out(server, tmp_path):
+    quoting = lambda request, nth: dict(text="More helpful: A", finish_reason=f"stop {KEY}", model=f"m {KEY}", usage=f"3 {KEY}")
+    server.reset(quoting)
+    assert judge(server, tmp_path, samples=samples(tmp_path / "s", 1))["scored"] == 1
+    (row,) = read_jsonl(tmp_path / "verdicts.jsonl")
+    assert (row["finish_reason"], row["model"], row["tokens"]) == ("stop [key]", "m [key]", None)
+    no_key(tmp_path)
+
+
+def test_conversations_are_judged(server, tmp_path, monkeypatch):
+    """Sampled through --api from messages: the judge reads them in the form of the paper's dialogues, and no template."""
+    row = dict(prompt=[dict(role="system", content="Be brief."), dict(role="user", content="question 1?")],
+               completion=[dict(role="assistant", content="bad")])
+    data = write_jsonl(tmp_path / "d.jsonl", [row])
+    server.reset(lambda request, nth: dict(text="good", finish_reason="stop"))
+    argv = ["sample", "--model", "m", "--data", data, "--api", server.url, "--out", tmp_path / "s.jsonl", "--k", 1]
+    monkeypatch.setattr(evaluate, "init_distributed", lambda *how: (0, 1, "cpu"))  # the tests' group stands
+    evaluate.sample(evaluate.parse_args([*map(str, argv)]))
+    (sample,) = read_jsonl(tmp_path / "s.jsonl")
+    assert (sample["prompt"], sample["completions"], sample["references"]) == (row["prompt"], ["good"], ["bad"])
+    server.reset(lambda request, nth: fair(request))
+    assert judge(server, tmp_path, samples=tmp_path / "s.jsonl")["win_rate"] == 1
+    (_, request), = server.requests
+    assert "Dialogue history:\n\nSystem: Be brief.\n\nHuman: question 1?\n\nAssistant:\n\nResponse A:" in content(request)
+    assert sorted(texts_a_b(request)) == ["bad", "good"]
 
 
 @pytest.mark.parametrize("key", ["x", "EMPTY", "null"])
