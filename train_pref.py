@@ -169,6 +169,7 @@ def preference_metrics(args, logps, ref_logps, lengths, behaviour_logps=None):
     chosen_lengths, rejected_lengths = lengths.unbind(1)
     bc, br = behaviour_logps.unbind(1)
     losses, weights = preference_loss(args, pc, pr, rc, rr, chosen_lengths, rejected_lengths, behaviour_logps)
+    # Rewards and ratios are from the reference, the weight from whoever wrote the pair.
     rho_w = pc - rc
     rho_l = pr - rr
     log_ratios = (pc - bc) + (pr - br)  # of the pair: the log of its weight before the cap, whatever the loss
@@ -324,6 +325,12 @@ def reference_logps(path, key, index, compute):
     return torch.stack([tensors["chosen"], tensors["rejected"]], 1)
 
 
+def behaviour_or_reference(behaviour_logps, ref_logps):
+    """What a pair's weight is measured from (P, 2): the log-probs that its data row gives for whoever sampled it; where
+    it gives none (NaN), the reference's, of which the paper's pairs are samples."""
+    return torch.where(behaviour_logps.isnan(), ref_logps, behaviour_logps)
+
+
 def train_step(policy, optimizer, pairs, ref_logps, args, behaviour_logps=None):
     """One optimizer step on a batch of pairs (all ranks hold the whole batch), its ref_logps (B, 2) and behaviour_logps
     (B, 2; the same, if not given). -> logps (B, 2) of the whole batch before the step, global gradient norm before
@@ -411,6 +418,8 @@ def main():
     ref_logps[reached] = reference("ref_logps.safetensors", Subset(pairs, reached), pairs.index[reached])
     if eval_pairs:
         eval_ref_logps = reference("ref_logps_eval.safetensors", eval_pairs, eval_pairs.index)
+        eval_behaviour_logps = behaviour_or_reference(eval_pairs.behaviour_logps, eval_ref_logps)
+    behaviour_logps = behaviour_or_reference(pairs.behaviour_logps, ref_logps)
 
     # Policy and optimizer
     if begin_dir != ref_dir:
@@ -444,6 +453,7 @@ def main():
     trouble = ""  # with the weights, and for how many steps
     steps_of_trouble = 0
     for step in range(state["step"] + 1, total + 1):
+        # The step: which pairs, at which rate
         step_began = time.perf_counter()
         epoch, k = divmod(step - 1, steps_per_epoch)
         picked = epoch_order(len(pairs), args.seed, epoch)[k * args.batch_size : (k + 1) * args.batch_size]
@@ -451,7 +461,8 @@ def main():
         lr = learning_rate(step, total, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        logps, grad_norm, applied = train_step(parallel_policy, optimizer, batch, ref_logps[picked], args)
+        logps, grad_norm, applied = train_step(parallel_policy, optimizer, batch, ref_logps[picked], args,
+                                               behaviour_logps=behaviour_logps[picked])
 
         # Log
         step_s = time.perf_counter() - step_began
@@ -461,12 +472,14 @@ def main():
             print_rank0(f"before step 1 |log pi - log ref| was at most {spread:.1e} nats: rounding")
         count_step(state, applied=applied, n_tokens=n_tokens)
         metrics = {"pairs": len(batch)}
-        metrics |= preference_metrics(args, logps.cpu(), ref_logps[picked], pair_lengths(batch))
+        metrics |= preference_metrics(args, logps.cpu(), ref_logps[picked], pair_lengths(batch),
+                                      behaviour_logps=behaviour_logps[picked])
         metrics |= step_metrics(state, grad_norm=grad_norm, lr=lr, epoch=step / steps_per_epoch, n_tokens=n_tokens,
                                 step_s=step_s)
         if eval_pairs and is_due(step, interval(args.eval_every, total), total):
             eval_logps = all_logps(policy, eval_pairs, args, "evaluation")
-            evaluated = preference_metrics(args, eval_logps, eval_ref_logps, pair_lengths(eval_pairs))
+            evaluated = preference_metrics(args, eval_logps, eval_ref_logps, pair_lengths(eval_pairs),
+                                           behaviour_logps=eval_behaviour_logps)
             metrics |= {f"eval_{name}": value for name, value in evaluated.items()}
         log.write(step, metrics, step_line(step, total, metrics), applied)
         last_trouble, trouble = trouble, trouble_with_weights(args, metrics, len(batch))
@@ -502,12 +515,14 @@ def step_line(step, total, m):
 
 
 def next_commands(args, out, ref_dir):
-    """What to ask of the run that has ended: how far it went and how often it wins."""
+    """What to ask of the run that has ended: how far it went from the reference, and how often it wins."""
     evaluate = shlex.quote(str(HERE / "evaluate.py"))
+    truth = shlex.quote(str(HERE / "toy" / "truth.py"))
     run = shlex.quote(str(out.resolve()))
+    if args.preset == "toy":  # the truth labelled its pairs, and judges what the policy says
+        return (f"python {evaluate} golden --preset toy --keep_samples {run} && python {truth} {run}/truth {run} &&"
+                f" python {evaluate} plot {run}/truth/* --out {run}/figs")
     judge = f"--rm REWARD_MODEL --ref {shlex.quote(str(ref_dir.resolve()))} --data HELD_OUT"
-    if args.preset == "toy":
-        judge = "--preset toy"
     return f"python {evaluate} golden {judge} {run} && python {evaluate} plot {run} --out {run}/figs"
 
 
@@ -824,11 +839,12 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask):
         """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k = k.repeat_interleave(self.H // self.K, dim=1)
+        k = k.repeat_interleave(self.H // self.K, dim=1)  # (B, H, T, head_dim), as q
         v = v.repeat_interleave(self.H // self.K, dim=1)
         P = x.shape[1] - mask.shape[2]
         out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
-        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+        if P:
+            # Plain causal attention takes no mask: at 4,000 tokens twice as fast, and no T x T numbers.
             of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
             out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -868,7 +884,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.frequencies = rope_frequencies(c)
+        self.frequencies = rope_frequencies(c)  # no buffer: it is computed, not loaded, and stays float32
         self.dtype = torch.float32  # of the products; build_model sets it
         self.checkpoint_activations = False
 
@@ -879,9 +895,10 @@ class LlamaModel(nn.Module):
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def forward(self, ids, positions, segments):
-        x = self.embed_tokens(ids).to(self.dtype)
+        x = self.embed_tokens(ids).to(self.dtype)  # (B, T, D)
         cos, sin = self.angles(positions)
         P = ids.shape[1] - segments.shape[1]
+        # One mask for all layers, (B, 1, T - P, T); the first P columns, left out of segments, are prompt: 0.
         mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:

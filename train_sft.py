@@ -271,6 +271,9 @@ def main():
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
+    print_rank0(f"next: python {HERE}/train_rm.py --model {out}/final --data LABELLED_PAIRS, or python"
+                f" {HERE}/evaluate.py sample --model {out}/final --data PROMPTS --temperature 1 --top_p 1 --out"
+                " samples.jsonl")
     return 0
 
 
@@ -546,11 +549,12 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask):
         """x (B, T, D); mask (B, 1, T - P, T) of all queries but the first P, which are prompt in every row."""
         q, k, v = self.project(x, cos, sin)
-        k = k.repeat_interleave(self.H // self.K, dim=1)
+        k = k.repeat_interleave(self.H // self.K, dim=1)  # (B, H, T, head_dim), as q
         v = v.repeat_interleave(self.H // self.K, dim=1)
         P = x.shape[1] - mask.shape[2]
         out = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=mask)  # (B, H, T - P, head_dim)
-        if P:  # without a mask: at 4,000 tokens twice as fast, and no T x T numbers
+        if P:
+            # Plain causal attention takes no mask: at 4,000 tokens twice as fast, and no T x T numbers.
             of_prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
             out = torch.cat((of_prompt, out), dim=2)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -590,7 +594,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.frequencies = rope_frequencies(c)
+        self.frequencies = rope_frequencies(c)  # no buffer: it is computed, not loaded, and stays float32
         self.dtype = torch.float32  # of the products; build_model sets it
         self.checkpoint_activations = False
 
@@ -601,9 +605,10 @@ class LlamaModel(nn.Module):
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def forward(self, ids, positions, segments):
-        x = self.embed_tokens(ids).to(self.dtype)
+        x = self.embed_tokens(ids).to(self.dtype)  # (B, T, D)
         cos, sin = self.angles(positions)
         P = ids.shape[1] - segments.shape[1]
+        # One mask for all layers, (B, 1, T - P, T); the first P columns, left out of segments, are prompt: 0.
         mask = attention_mask(segments, F.pad(segments, (P, 0)), x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:

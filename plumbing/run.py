@@ -5,9 +5,11 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import torch
@@ -64,7 +66,7 @@ def common_flags(parser):
     add("--max_length", type=int, help="tokens of prompt + response at most")
     add("--max_prompt_length", type=int, help="tokens of the prompt, which keeps its end, at most")
     add("--chat_template_kwargs", type=json_object, metavar="JSON", help="given to the chat template, as"
-        ' {"enable_thinking": false} or {"date_string": "1 Jan 2026"} (None)')
+        ' {"enable_thinking": false} or {"date_string": "1 Jan 2026"}')
     add = parser.add_argument_group("the run").add_argument
     add("--out", help="run directory; run again with it to resume (named after the flags, in out/)")
     add("--seed", type=int, default=0, help="seed of the data order and of random weights")
@@ -171,8 +173,8 @@ def model_card(header, model_class):
     lines = ["---", "library_name: transformers", f"tags: [is-daa, {args.get('loss', header['script'])}]"]
     lines += [f"base_model: {args['model']}"] if of_hub else []
     lines += ["---", "", f"# {Path(args['out']).name}", ""]
-    lines += [f"Made by IS-DAA's `{header['script']}.py` (commit {header['commit']}) from `{args['model']}` (fingerprint"
-              f" {header['model']}) and the data `{args['data']}` (fingerprint {header['data']}).", ""]
+    lines += [f"Made by IS-DAA's `{header['script']}.py` (commit {header['commit']}) from `{args['model']}`"
+              f" (fingerprint {header['model']}) and the data `{args['data']}` (fingerprint {header['data']}).", ""]
     lines += ["| flag | value |", "|---|---|"]
     for name, value in args.items():
         if name not in FREE_FLAGS and value not in (None, ""):
@@ -246,12 +248,20 @@ def check_same_run(out, header, lines):
 
 # -------------------------------------------------------------------------------------------------------------- its log
 def open_tracker(kind, out, args):
-    """Begin a run on the dashboard asked for, before any work is done. wandb and trackio have one interface."""
-    if kind != "none":  # neither is imported unless it is asked for
-        try:
-            importlib.import_module(kind).init(project="is-daa", name=out.name, config=args)
-        except Exception as error:  # not installed, no key, no network: classes of their own
-            raise UserError(f"--track {kind}: {error}; it needs `pip install {kind}` and its key") from None
+    """Begin a run on the dashboard asked for, or go on with that of `out`, before any work is done; wandb and trackio
+    have one interface. WANDB_PROJECT names the project."""
+    if kind == "none":  # neither is imported unless it is asked for
+        return
+    name_file = out / ".dashboard_run"  # a run of the same flags elsewhere is another one
+    if not name_file.exists():
+        write_text(name_file, f"{out.name}-{uuid.uuid4().hex[:8]}")
+    name = read_text(name_file)
+    known_by = dict(id=name) if kind == "wandb" else {}  # trackio knows a run by its name
+    try:
+        project = os.environ.get("WANDB_PROJECT", "is-daa")
+        importlib.import_module(kind).init(project=project, name=name, config=args, resume="allow", **known_by)
+    except Exception as error:  # not installed, no key, no network: classes of their own
+        raise UserError(f"--track {kind}: {error}; it needs `pip install {kind}` and its key") from None
 
 
 def open_metrics(path, header, resumed):

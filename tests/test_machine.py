@@ -183,7 +183,7 @@ def test_a_tracker_that_is_not_there(run_script, model_dir, data, tmp_path, scri
         out = tmp_path / kind
         argv = flags(model_dir, data, out, "--track", kind)
         run_script(script)(*argv).refused(f"--track {kind}", f"pip install {kind}", "No module named")
-        assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl"]
+        assert sorted(path.name for path in out.iterdir()) == [".dashboard_run", ".lock", "metrics.jsonl"]
     run_script(script)(*flags(model_dir, data, out, max_steps=1)).ok()  # and it is in nobody's way
 
 
@@ -196,7 +196,9 @@ import json
 def init(**how):
     if {refuses}:
         raise RuntimeError("no API key\\nconfigured")
+    assert how["resume"] == "allow" and how["id"] == how["name"]
     write("init", how["config"])
+    write("run", [how["project"], how["name"]])
 
 def log(metrics, step):
     write("log", [step, metrics["loss"]])
@@ -206,6 +208,7 @@ def write(name, value):
         file.write(json.dumps(value) + "\\n")
 """)
     sys.path.insert(0, str(directory))
+    os.environ["WANDB_PROJECT"] = "ours"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -214,12 +217,27 @@ def test_a_tracker(run_script, model_dir, data, tmp_path, script):
     argv = flags(model_dir, data, out, "--track", "wandb", max_steps=3)
     refused = run_script(script)(*argv, action=partial(stand_in, directory=wandb, refuses=True), world=2, on_rank=None)
     refused.refused("--track wandb: no API key configured")
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [".dashboard_run", ".lock", "metrics.jsonl"]
     run_script(script)(*argv, action=partial(stand_in, directory=wandb, refuses=False), world=2, on_rank=None).ok()
     logged = [json.loads(line) for line in (wandb / "log").read_text().splitlines()]
     assert logged == [[line["step"], line["loss"]] for line in metrics_of(out)] and len(logged) == 3  # of one rank
     (config,) = map(json.loads, (wandb / "init").read_text().splitlines())
     assert config["lr"] == 1e-3 and config["max_steps"] == 3
+
+
+def test_a_resumed_run_goes_on_in_the_same_dashboard_run(run_script, model_dir, data, tmp_path):
+    """Of the project that WANDB_PROJECT names; another run of the same flags is another one."""
+    wandb = tmp_path / "wandb"
+    wandb.mkdir()
+    for out in ("run", "run", "other"):
+        argv = flags(model_dir, data, tmp_path / out, "--track", "wandb", max_steps=3)
+        started = run_script("train_pref").start(*argv, action=partial(stand_in, directory=wandb, refuses=False))
+        finish(started).ok()
+        if out == "run" and (tmp_path / "run" / "final").exists():
+            for path in [*(tmp_path / "run").glob("step_*"), tmp_path / "run" / "final"]:
+                shutil.rmtree(path)  # so that it begins anew, in its directory
+    runs = [json.loads(line) for line in (wandb / "run").read_text().splitlines()]
+    assert len(runs) == 3 and runs[0] == runs[1] != runs[2] and {project for project, _ in runs} == {"ours"}
 
 
 # ---------------------------------------------------------------------------------------- runs that would learn nothing

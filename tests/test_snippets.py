@@ -50,7 +50,7 @@ def test_kernel_snippet(tiny_llama, tmp_path):
 def test_trl_snippet(tiny_llama, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     directory = tiny_llama(tmp_path / "m")
-    scope = dict(torch=torch, F=F, trl=trl)
+    scope = {}
     exec(snippet("TRL"), scope)
     rows = [dict(prompt=f"p{k}", chosen=f" good{k}", rejected=f" bad{7 * k}") for k in range(4)]
     args = trl.DPOConfig(output_dir=tmp_path / "o", per_device_train_batch_size=4, max_steps=1, learning_rate=0.05,
@@ -60,11 +60,22 @@ def test_trl_snippet(tiny_llama, tmp_path):
                                     train_dataset=datasets.Dataset.from_list(rows))
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.train()  # one step away from the reference: weights other than 1
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    # At the reference, and each what TRL's name says.
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert logged[name] == pytest.approx(0, abs=1e-5)
+    assert logged["weights/mean"] == pytest.approx(1, rel=1e-5) and logged["weights/ess"] == pytest.approx(4, rel=1e-5)
     policy, ref = (float64_logps(model, batch["input_ids"], batch["completion_mask"])
                    for model in (trainer.model, load(directory)))
     rho_w, rho_l = np.split(policy - ref, 2)
     weights = np.exp(np.minimum(rho_w + rho_l, 2.0))
     assert abs(weights - 1).max() > 0.05
     expected = (weights * np.log1p(np.exp(-0.3 * (rho_w - rho_l)))).mean()
-    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-4)
+    trainer._metrics["train"].clear()
+    assert trainer.compute_loss(trainer.model.train(), batch).item() == pytest.approx(expected, rel=1e-4)
+    logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    assert logged == pytest.approx({
+        "rewards/chosen": 0.3 * rho_w.mean(), "rewards/rejected": 0.3 * rho_l.mean(), "rewards/margins": 0.3 * (rho_w - rho_l).mean(),
+        "rewards/accuracies": (rho_w > rho_l).mean(), "weights/mean": weights.mean(),
+        "weights/ess": weights.sum() ** 2 / (weights**2).sum()}, rel=1e-4, abs=1e-6)

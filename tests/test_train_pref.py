@@ -291,6 +291,24 @@ def test_a_step_weighted_from_the_sampler(case, process_group, monkeypatch, doub
     assert metrics["weights/log_p50"] == pytest.approx((logps - sampler).sum(1).quantile(0.5).item(), rel=1e-9)
 
 
+def test_columns_of_the_sampler_in_a_run(cli, model_dir, tmp_path):
+    """The first step's weight is exp(pi - sampler) where the row has the columns, and 1 where it has none: pi is the reference."""
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "plain.jsonl", 8).read_text().splitlines()]
+    cli(*flags(model_dir, tmp_path / "plain.jsonl", tmp_path / "a", loss="is_dpo", max_steps=1, batch_size=8)).ok()
+    held = load_file(tmp_path / "a" / "ref_logps.safetensors")
+    shifts = np.linspace(0.1, 0.5, 8)
+    for row, chosen, rejected, shift in zip(rows, held["chosen"].tolist(), held["rejected"].tolist(), shifts):
+        if shift > 0.2:
+            row |= dict(chosen_logps=chosen - shift, rejected_logps=rejected - 2 * shift)
+    (tmp_path / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = cli(*flags(model_dir, tmp_path / "known.jsonl", tmp_path / "b", loss="is_dpo", max_steps=1, batch_size=8)).ok().out
+    weights = np.where(shifts > 0.2, np.exp(np.minimum(3 * shifts, 2.0)), 1.0)
+    (plain,), (known,) = metrics_of(tmp_path / "a"), metrics_of(tmp_path / "b")
+    assert plain["weights/mean"] == pytest.approx(1, abs=1e-4) and known["weights/mean"] == pytest.approx(weights.mean(), rel=1e-4)
+    assert known["loss"] == pytest.approx(math.log(2) * weights.mean(), rel=1e-4) and known["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert "behaviour log-probs: 12 kept" in said
+
+
 # --------------------------------------------------------------------------------------------- steps, in this process
 def test_learning_rate():
     lr = [tp.learning_rate(step, 50, 10, 2.0) for step in range(1, 51)]
