@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, a directory each in trainer/
 
 
 # -------------------------------------------------------------------------------------------------------------- to read
-def find_model(name):
+def find_model(name, made_by=None):
     """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles. Raises
     UserError for an adapter too: alone it is no model, and beside its base it would go unread."""
     path = Path(name)
@@ -36,7 +36,8 @@ def find_model(name):
             patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
             path = Path(snapshot_download(name, allow_patterns=patterns))
         except (OSError, ValueError) as error:
-            raise UserError(f"{name}: no such model directory, and not on the Hub: {error}") from None
+            remedy = f"; `{made_by}` makes it" if made_by else ""
+            raise UserError(f"{name}: no such model directory, and not on the Hub{remedy}: {error}") from None
     for adapter in ("adapter_config.json", "adapter_model.safetensors"):
         if (path / adapter).exists():
             raise UserError(f"{path} holds an adapter ({adapter}), which is not read: merge it into its base model"
