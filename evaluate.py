@@ -808,6 +808,7 @@ def sample(args):
     ended = len(stops_said) - stops_said.count(None)
     summary = dict(prompts=len(rows), completions=len(texts), ended=ended, empty=texts.count(""))
     print_rank0(f"{args.out}: {json.dumps(summary)}")
+    print_rank0(f"next: python {HERE}/evaluate.py label --rm REWARD_MODEL --samples {args.out} --out pairs.jsonl")
 
 
 def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, desc):
@@ -870,6 +871,7 @@ def label(args):
         raise UserError(f"no usable pairs in {report}")
     complete = on_rank_0(lambda: write_once(out, as_lines(pairs)))
     print_rank0(f"{out}{complete}: {report}")
+    print_rank0(f"next: python {HERE}/train_pref.py --model REFERENCE --data {out} --loss is_dpo")
 
 
 def choose_pair(row, rewards, eos, args):
@@ -969,6 +971,7 @@ def golden(args):
     if failures:
         raise UserError(f"{len(failures)} runs or checkpoints could not be evaluated, the first: {failures[0]}; all"
                         " others are in RUN/golden.jsonl")
+    print_rank0(f"next: python {HERE}/evaluate.py plot {' '.join(args.runs)} --out figs")
 
 
 FIGURES = ("win_rate", "kl", "k1", "reward", "length", "ended")  # each with its standard error, over prompts
@@ -1184,6 +1187,11 @@ def bench(args):
     rows = [bench_row(args.suite, question, args.model) for question in answered]
     text = as_lines(rows) if args.suite == "mt_bench" else to_json(rows, indent=2) + "\n"
     print_rank0(f"{out}{on_rank_0(lambda: write_once(out, text))}: {summary}")
+    if args.suite == "mt_bench":
+        print_rank0(f"next: python {HERE}/evaluate.py judge --mt_bench DIR --samples {out} --api URL --judge MODEL"
+                    " --out verdicts.jsonl")
+    else:
+        print_rank0(f"next: alpaca_eval --model_outputs {out}")
     return 1 if skipped else 0  # a mean over fewer questions is another one
 
 
