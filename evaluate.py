@@ -45,9 +45,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from plumbing.checkpoint import find_model, model_fingerprint, load_weights
-from plumbing.data import (SkipRow, apply_template, assistant_stop_id, count_skip, describe_skips, encode, encode_after,
-                           finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows, render_chat, require_known,
-                           stop_ids, text_begin, text_messages, wrong_types)
+from plumbing.data import (SkipRow, apply_template, assistant_stop_id, begins_with_a_space, count_skip, describe_skips,
+                           encode, encode_after, finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows,
+                           render_chat, require_known, stop_ids, text_begin, text_messages, wrong_types)
 from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, parse_json,
                               print_rank0, read_json, read_text, run_main, to_json, write_atomically, write_text)
 from plumbing.run import Parser, check_ranges, json_object
@@ -598,19 +598,28 @@ def are_texts(values):
 @functools.lru_cache(maxsize=4)  # the template is rendered for it, which would take longer than a row does
 def stop_texts(tokenizer):
     """{text of a token that ends a response: its id}"""
-    return {tokenizer.decode([token], skip_special_tokens=False): token for token in sorted(stop_ids(tokenizer))}
+    return {decode(tokenizer, [token]): token for token in sorted(stop_ids(tokenizer))}
+
+
+def decode(tokenizer, ids):
+    """Ids of a completion -> its text as it stands after the prompt, in which special tokens stay to be seen."""
+    as_said = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    before = token_before(tokenizer)
+    return tokenizer.decode(before + ids, **as_said).removeprefix(tokenizer.decode(before, **as_said))
+
+
+@functools.lru_cache(maxsize=4)
+def token_before(tokenizer):
+    """[any id] to decode a completion after, or []: SentencePiece drops the space before the first word it decodes, so
+    that alone " lived" would read "lived", and be other ids after its prompt."""
+    return encode(tokenizer, ["a"])[0][-1:] if begins_with_a_space(tokenizer) else []
 
 
 def completion_text(ids, stops, tokenizer):
-    """-> the text (special tokens stay to be seen), the text of the stop that it came to or None, number of tokens."""
-    as_said = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """-> the text, the text of the stop that it came to or None, number of tokens."""
     if ids[-1] in stops:
-        text = tokenizer.decode(ids[:-1], **as_said)
-        stop = tokenizer.decode(ids[-1:], **as_said)
-    else:
-        text = tokenizer.decode(ids, **as_said)
-        stop = None
-    return text, stop, len(ids)
+        return decode(tokenizer, ids[:-1]), decode(tokenizer, ids[-1:]), len(ids)
+    return decode(tokenizer, ids), None, len(ids)
 
 
 def scored_ids(tokenizer, prompt, tools, responses, vocab_size, args):
