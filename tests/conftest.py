@@ -3,7 +3,9 @@
 Nothing is downloaded. A test that needs something absent (a GPU, an optional package, the sample data) is skipped and says why.
 """
 
+import gzip
 import importlib.util
+import json
 import multiprocessing
 import os
 import tempfile
@@ -104,6 +106,39 @@ def byte_tokenizer(directory, **kwargs):
     return tokenizer
 
 
+def llama2_tokenizer(directory, legacy, **kwargs):
+    """Save a tokenizer like Llama 2's, in the two forms that transformers writes its tokenizer.json in, trained on the toy
+    task's posts. It begins a text with BOS, and with a space of its own."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    training = Tokenizer(models.BPE())
+    training.normalizer = spaces
+    training.pre_tokenizer = pre_tokenizers.Sequence(  # no token holds a line break, nor a space but at its beginning
+        [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split("\u2581", "merged_with_next")])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    with gzip.open(ROOT / "toy" / "pairs.jsonl.gz", "rt") as file:
+        training.train_from_iterator([json.loads(line)["prompt"] for _, line in zip(range(200), file)], trainer)
+    trained = json.loads(training.to_str())["model"]
+    vocab = trained["vocab"] | {f"<0x{k:02X}>": len(trained["vocab"]) + k for k in range(256)}
+    merges = [tuple(merge) for merge in trained["merges"]]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if legacy:
+        backend.normalizer = spaces
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                        **kwargs)
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def tiny_llama():
     """-> make(directory, seed=0, **config): a random LlamaForCausalLM and byte tokenizer, saved by transformers.
@@ -138,13 +173,14 @@ def randomize(model, seed):
 def load_rows(script, source, *limits, held_out=False):
     """The pairs or examples that a trainer makes of `source`, and its report of them. limits: tokenizer, vocab_size,
     max_length, max_prompt_length."""
+    from plumbing.data import source_sha256
     from plumbing.process import open_safetensors
 
     kind = script.Example if hasattr(script, "Example") else script.Pair
     split = script.split_example if hasattr(script, "Example") else script.split_pair
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "data.safetensors"
-        header = dict(model="m", data="d")
+        header = dict(model="m", data="d", sources={str(source): source_sha256(str(source))})
         names = ("tokenizer", "vocab_size", "max_length", "max_prompt_length")
         rows = script.load_rows(path, header, row_type=kind, split=split, source=str(source), held_out=held_out,
                                 recipes=script.RECIPES, **dict(zip(names, limits, strict=True)))

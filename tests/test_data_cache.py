@@ -1,18 +1,22 @@
 """Data is tokenized once a run: TokenizedRows hold what a row at a time would give, a second start reads them without
 touching the text, and a cache that is stale, foreign or damaged is never used silently."""
 
+import copy
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from conftest import byte_tokenizer
+from conftest import load_rows as conftest_load_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import plumbing.data
 import train_pref
 import train_sft
+from plumbing.data import source_sha256
 from train_pref import Pair, UserError, load_rows, split_pair
 
 BOS, EOS = 256, 257
@@ -38,6 +42,7 @@ def data(tmp_path_factory):
 
 
 def load(out, data, tokenizer, header=HEADER, max_length=64, max_prompt_length=32):
+    header = header | dict(sources={str(data): source_sha256(str(data))})
     return load_rows(out / "data.safetensors", header, row_type=Pair, split=split_pair, source=str(data), held_out=False,
                      recipes={}, tokenizer=tokenizer, vocab_size=259, max_length=max_length,
                      max_prompt_length=max_prompt_length)
@@ -78,7 +83,7 @@ def test_the_file(byte, data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data.safetensors"]
     tensors = load_file(tmp_path / "data.safetensors")
     assert {name: tensor.dtype for name, tensor in tensors.items()} == dict(
-        ids=torch.int32, index=torch.int64, offsets=torch.int64)
+        ids=torch.int32, index=torch.int64, offsets=torch.int64, behaviour_logps=torch.float32)
     assert tensors["offsets"].shape == (len(found), 4) and tensors["ids"].numel() == tensors["offsets"][-1, -1]
     with open("/proc/self/smaps") as maps:
         assert sum(str(tmp_path / "data.safetensors") in line for line in maps) >= 1  # mapped, not copied
@@ -171,6 +176,47 @@ def test_nothing_usable_leaves_no_file(byte, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+# ----------------------------------------------------------------------------------------------- behaviour log-probs
+def test_behaviour_logps(byte, tmp_path, capsys):
+    """They go with their responses; those of a response that was cut are of another one, and not used."""
+    rows = [dict(prompt="a", chosen="b", rejected="c", chosen_logps=-1.5, rejected_logps=-2),
+            dict(prompt="a", chosen="b", rejected="d"),
+            dict(prompt="a", chosen="", rejected="d", chosen_logps=-9.0, rejected_logps=-9.0),  # skipped
+            dict(prompt="a", chosen="b" * 40, rejected="e", chosen_logps=-3.5, rejected_logps=-4.5),
+            dict(prompt="a", chosen="b", rejected="f", chosen_logps=None, rejected_logps=0.0)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # made, and read again
+        found = load(tmp_path, path, byte, max_length=40)
+        expected = [[-1.5, -2.0], [math.nan, math.nan], [math.nan, -4.5], [math.nan, 0.0]]
+        assert found.behaviour_logps.dtype == torch.float32 and found.index.tolist() == [0, 1, 3, 4]
+        torch.testing.assert_close(found.behaviour_logps, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+        assert capsys.readouterr().out.endswith(f"behaviour log-probs: 4 kept (first {path}:1), 1 dropped as the response was"
+                                                f" cut or edited (first {path}:4)\n")
+
+
+def test_behaviour_logps_of_conversations(byte, tmp_path):
+    """A template that trims a response, or writes an empty block of thoughts before it, makes another of it."""
+    talk = lambda chosen, rejected: dict(prompt=[dict(role="user", content="Hi")], chosen=[dict(role="assistant", content=chosen)],
+                                         rejected=[dict(role="assistant", content=rejected)], chosen_logps=-1.0, rejected_logps=-2.0)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(talk(*texts)) + "\n" for texts in (("a", "b"), (" a", "b"), ("a", "b\n"))))
+    trims = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    thinks = trims.replace("{{ m.content | trim }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}")
+    byte = copy.deepcopy(byte)
+    for template, expected in ((trims, [[-1.0, -2.0], [math.nan, -2.0], [-1.0, math.nan]]), (thinks, [[math.nan] * 2] * 3)):
+        byte.chat_template = template
+        found = load(tmp_path, path, byte, header=HEADER | dict(data=template[:40] + str(len(template))))
+        torch.testing.assert_close(found.behaviour_logps, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+
+
+def test_demonstrations_have_none(byte, tmp_path):
+    path = tmp_path / "sft.jsonl"
+    path.write_text(json.dumps(dict(prompt="a", chosen="b", rejected="c", chosen_logps=-1.5)) + "\n")
+    rows, report = conftest_load_rows(train_sft, path, byte, 259, 64, 32)
+    assert rows.behaviour_logps is None and report.endswith("columns not read: rejected, chosen_logps")
+
+
 # -------------------------------------------------------------------------------------------------- on the command line
 @pytest.fixture(scope="module")
 def model(tiny_llama, tmp_path_factory):
@@ -246,3 +292,26 @@ def test_a_reference_with_a_smaller_vocabulary(run_script, model, few, tiny_llam
         tiny_llama(tmp_path / f"ref{size}", vocab_size=size, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     run_script("train_pref")(*argv, "--ref", tmp_path / "ref257").refused("token id 257", "vocabulary of 257")
     run_script("train_pref")(*argv, "--ref", tmp_path / "ref258", "--out", tmp_path / "run258").ok()
+
+
+def test_chat_template_kwargs(run_script, tiny_llama, tmp_path):
+    """They reach the template, stand in the header and are part of what the data is known by; no tokenizer keeps them."""
+    directory = tiny_llama(tmp_path / "model")
+    template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}[assistant]{% endif %}")
+    (directory / "chat_template.jinja").write_text("{{ system or 'none' }}" + template)
+    path = tmp_path / "talks.jsonl"
+    row = dict(prompt=[dict(role="user", content="Hi")], chosen=[dict(role="assistant", content="a")],
+               rejected=[dict(role="assistant", content="b")])
+    path.write_text((json.dumps(row) + "\n") * 4)
+    run, out = run_script("train_pref"), tmp_path / "run"
+    argv = (*arguments(directory, path, out), "--chat_template_kwargs", '{"system": "Be brief."}')
+    run(*argv).ok()
+    prompt = byte_tokenizer(tmp_path / "byte").decode(load_file(out / "data.safetensors")["ids"][:30].tolist())
+    assert prompt.startswith("Be brief.[user]Hi[assistant]a</s>")
+    header = json.loads((out / "metrics.jsonl").read_text().split("\n")[0])
+    assert header["args"]["chat_template_kwargs"] == dict(system="Be brief.")
+    assert "brief" not in "".join(p.read_text() for p in (out / "final").glob("*.json*") if p.name != "manifest.json")
+    run(*arguments(directory, path, out)).refused("holds another run", "chat_template_kwargs was", "data fingerprint was")
+    for wrong in ("[1]", "{x", "3"):
+        run(*argv[:-1], wrong).refused("--chat_template_kwargs", code=2)

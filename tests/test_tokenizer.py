@@ -10,10 +10,9 @@ import random
 
 import pytest
 import torch
-from conftest import byte_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from conftest import byte_tokenizer, llama2_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import train_pref
 from plumbing.data import (RowCounts, RowTexts, SkipRow, UserError, assistant_stop_id, encode, encode_after, ensure_stop,
@@ -307,38 +306,12 @@ def test_no_prompt_and_no_bos(no_bos):
 
 # ------------------------------------------------------------------------------------------------------------ SentencePiece
 # Llama 2's tokenizers begin a text with a space of their own: the ids of a response are those it has after its prompt.
-def llama2_tokenizer(directory, legacy):
-    """In the two forms that transformers writes Llama 2's tokenizer.json in, trained on the toy task's posts."""
-    spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    training = Tokenizer(models.BPE())
-    training.normalizer = spaces
-    training.pre_tokenizer = pre_tokenizers.Sequence(  # no token holds a line break, nor a space but at its beginning
-        [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split("\u2581", "merged_with_next")])
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    with gzip.open(train_pref.HERE / "toy" / "pairs.jsonl.gz", "rt") as file:
-        training.train_from_iterator([json.loads(line)["prompt"] for _, line in zip(range(200), file)], trainer)
-    trained = json.loads(training.to_str())["model"]
-    vocab = trained["vocab"] | {f"<0x{k:02X}>": len(trained["vocab"]) + k for k in range(256)}
-    merges = [tuple(merge) for merge in trained["merges"]]
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    if legacy:
-        backend.normalizer = spaces
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
-    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.save_pretrained(directory)
-    return load_tokenizer(directory)
-
-
 @pytest.fixture(params=["stories260K", "Llama 2, legacy", "Llama 2"])
 def sentencepiece(request, tmp_path):
     if request.param == "stories260K":
         return load_tokenizer(request.getfixturevalue("stories"))
-    return llama2_tokenizer(tmp_path, legacy="legacy" in request.param)
+    llama2_tokenizer(tmp_path, legacy="legacy" in request.param)
+    return load_tokenizer(tmp_path)
 
 
 def bare(tokenizer, text):
@@ -623,3 +596,42 @@ def test_a_template_that_writes_the_date(template, chat, monkeypatch):
         assert str(day[0]) in tokenizer.apply_chat_template(said("u:Hi"), tokenize=False)  # the clock was moved
         found.append(render_chat(tokenizer, said("u:Hi"), said("a:Hello")))
     assert found == [("26 Jul 2024[user]Hi\n[assistant]", "Hello</s>")] * 2
+
+
+def test_a_template_that_takes_the_date(chat):
+    """Llama 3.2's way; --chat_template_kwargs may give another."""
+    tokenizer = chat("{% if date_string is not defined %}{{ strftime_now('%Y') }}{% endif %}{{ date_string }}" + PLAIN)
+    assert render_chat(tokenizer, said("u:Hi"), said("a:Hello"))[0].startswith("26 Jul 2024[user]")
+    tokenizer.chat_template_kwargs = dict(date_string="1 Jan 2026")
+    assert render_chat(tokenizer, said("u:Hi"), said("a:Hello"))[0].startswith("1 Jan 2026[user]")
+
+
+# --------------------------------------------------------------------------------------------------------------- one set of stops
+def test_stops(tmp_path):
+    """EOS, the template's end of an assistant's turn, be it the pad token or none of the special ones, and
+    generation_config.json's: what ends a response in training is what transformers' generate would stop at."""
+    tokenizer = byte_tokenizer(tmp_path, pad_token="<pad>", additional_special_tokens=["<|eom|>", "<|other|>"])
+    tokenizer.add_tokens(["<|end|>"])  # as fine-tuning adds them
+    stop = lambda token: tokenizer.convert_tokens_to_ids(token)
+    turn = "{% for m in messages %}<|other|>{{ m.role }}\n{{ m.content }}STOP{% endfor %}"
+    for template, expected in ((None, {EOS}), (turn.replace("STOP", ""), {EOS}), (turn.replace("STOP", "<pad>\n"), {EOS, stop("<pad>")}),
+                               (turn.replace("STOP", "\n<|end|>\n<pad>"), {EOS, stop("<|end|>")}), ("{{ 1 / 0 }}", {EOS}),
+                               ("<|eom|>", {EOS}), (turn.replace("STOP", "</s><|eom|>"), {EOS})):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True) if template is None else None
+        for eos, more in ((None, set()), (EOS, set()), ([EOS, stop("<|eom|>")], {stop("<|eom|>")})):
+            GenerationConfig(eos_token_id=eos).save_pretrained(tmp_path)
+            assert stop_ids(load_tokenizer(tmp_path)) == expected | more, template
+    (tmp_path / "generation_config.json").unlink()
+    assert stop_ids(load_tokenizer(tmp_path)) == {EOS}
+
+
+def test_a_response_ends_where_generation_stops(tmp_path):
+    """A text that ends in another special token than those has no end yet."""
+    byte_tokenizer(tmp_path, additional_special_tokens=["<|other|>"])
+    tokenizer = load_tokenizer(tmp_path)
+    other = tokenizer.convert_tokens_to_ids("<|other|>")
+    assert tokens(tokenizer, "p", "a<|other|>", vocab_size=300)[1] == [*bare(tokenizer, "a"), other, EOS]
+    tokenizer.generation_stops = [other]
+    assert tokens(tokenizer, "p", "a<|other|>", vocab_size=300)[1] == [*bare(tokenizer, "a"), other]

@@ -445,7 +445,7 @@ def test_files_of_a_run(cli, model_dir, data, tmp_path):
     assert lines[2]["num_tokens"] == tokens  # after one epoch
     manifest = json.loads((out / "step_000005" / "manifest.json").read_text())
     files = {str(p.relative_to(out / "step_000005")) for p in (out / "step_000005").rglob("*") if p.is_file()}
-    assert set(manifest) == files - {"manifest.json"} | {"run"} and (out / "final" / "trainer").exists() is False
+    assert set(manifest) == files - {"manifest.json"} | {"run", "step"} and (out / "final" / "trainer").exists() is False
     assert (out / "final" / "model.safetensors").read_bytes() == (out / "step_000005" / "model.safetensors").read_bytes()
 
 

@@ -273,9 +273,22 @@ def test_choose_pad(model_dir):
     tokenizer.pad_token = tokenizer.eos_token
     assert rm.choose_pad(tokenizer) in (256, 258) and tokenizer.pad_token_id != tokenizer.eos_token_id
     ids = dict(pad_token_id=2, bos_token_id=2, eos_token_id=2, unk_token_id=2)
-    nothing = SimpleNamespace(**ids, added_tokens_decoder={}, get_vocab=dict, chat_template=None)
+    nothing = SimpleNamespace(**ids, added_tokens_decoder={}, get_vocab=dict, chat_template=None,
+                              generation_stops=[])
     with pytest.raises(rm.UserError, match="pad_token"):
         rm.choose_pad(nothing)
+
+
+def test_choose_pad_where_pad_ends_turns(model_dir):
+    """transformers pools at the last token that is not pad: a response's end must not be taken for padding, be it the template's
+    stop or one that generation_config.json names."""
+    tokenizer = rm.load_tokenizer(model_dir)  # EOS is 257, pad 258
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ pad_token }}{% endfor %}"
+    assert rm.choose_pad(tokenizer) == 256
+    tokenizer = rm.load_tokenizer(model_dir)
+    assert rm.choose_pad(tokenizer) == 258
+    tokenizer.generation_stops = [257, 258]
+    assert rm.choose_pad(tokenizer) == 256
 
 
 def test_goes_on_from_a_reward_model_of_transformers(model_dir, data, pairs, tmp_path, run_script):
