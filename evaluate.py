@@ -45,9 +45,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from plumbing.checkpoint import find_model, model_fingerprint, load_weights
-from plumbing.data import (SkipRow, apply_template, assistant_stop_id, count_skip, describe_skips, encode, encode_after,
-                           finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows, render_chat, require_known,
-                           stop_ids, text_begin, text_messages, wrong_types)
+from plumbing.data import (SkipRow, apply_template, assistant_stop_id, begins_with_a_space, count_skip, describe_skips,
+                           encode, encode_after, finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows,
+                           render_chat, require_known, stop_ids, text_begin, text_messages, wrong_types)
 from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, parse_json,
                               print_rank0, read_json, read_text, run_main, to_json, write_atomically, write_text)
 from plumbing.run import Parser, check_ranges, json_object, open_tracker
@@ -636,19 +636,28 @@ def are_texts(values):
 @functools.lru_cache(maxsize=4)  # the template is rendered for it, which would take longer than a row does
 def stop_texts(tokenizer):
     """{text of a token that ends a response: its id}"""
-    return {tokenizer.decode([token], skip_special_tokens=False): token for token in sorted(stop_ids(tokenizer))}
+    return {decode(tokenizer, [token]): token for token in sorted(stop_ids(tokenizer))}
+
+
+def decode(tokenizer, ids):
+    """Ids of a completion -> its text as it stands after the prompt, in which special tokens stay to be seen."""
+    as_said = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    before = token_before(tokenizer)
+    return tokenizer.decode(before + ids, **as_said).removeprefix(tokenizer.decode(before, **as_said))
+
+
+@functools.lru_cache(maxsize=4)
+def token_before(tokenizer):
+    """[any id] to decode a completion after, or []: SentencePiece drops the space before the first word it decodes, so
+    that alone " lived" would read "lived", and be other ids after its prompt."""
+    return encode(tokenizer, ["a"])[0][-1:] if begins_with_a_space(tokenizer) else []
 
 
 def completion_text(ids, stops, tokenizer):
-    """-> the text (special tokens stay to be seen), the text of the stop that it came to or None, number of tokens."""
-    as_said = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """-> the text, the text of the stop that it came to or None, number of tokens."""
     if ids[-1] in stops:
-        text = tokenizer.decode(ids[:-1], **as_said)
-        stop = tokenizer.decode(ids[-1:], **as_said)
-    else:
-        text = tokenizer.decode(ids, **as_said)
-        stop = None
-    return text, stop, len(ids)
+        return decode(tokenizer, ids[:-1]), decode(tokenizer, ids[-1:]), len(ids)
+    return decode(tokenizer, ids), None, len(ids)
 
 
 def scored_ids(tokenizer, prompt, tools, responses, vocab_size, args):
@@ -934,7 +943,7 @@ def label(args):
         raise UserError(f"no usable pairs in {report}")
     complete = on_rank_0(lambda: write_once(out, as_lines(pairs)))
     print_rank0(f"{out}{complete}: {report}")
-    print_rank0(f"next: python {HERE}/train_pref.py --model THEIR_POLICY --data {out} --loss is_dpo")
+    print_rank0(f"next: python {HERE}/train_pref.py --model REFERENCE --data {out} --loss is_dpo")
 
 
 def choose_pair(row, rewards, eos, args):
@@ -1038,12 +1047,12 @@ def golden(args):
         on_rank_0(lambda: write_evaluation(evaluation, row, samples if args.keep_samples else None))
         on_rank_0(lambda: show_on_dashboard(evaluation.run, row))
         print_rank0(f"{evaluation.run} {evaluation.name}: {', '.join(figure_text(name, row) for name in FIGURES)}")
-    print_rank0(f"next: python {HERE}/evaluate.py plot {' '.join(args.runs)} --out figs")
     for failure in failures:
         print_rank0(f"failed: {failure}")
     if failures:
         raise UserError(f"{len(failures)} runs or checkpoints could not be evaluated, the first: {failures[0]}; all"
                         " others are in RUN/golden.jsonl")
+    print_rank0(f"next: python {HERE}/evaluate.py plot {' '.join(args.runs)} --out figs")
 
 
 FIGURES = ("win_rate", "kl", "k1", "reward", "length", "ended")  # each with its standard error, over prompts
@@ -1270,6 +1279,11 @@ def bench(args):
     rows = [bench_row(args.suite, question, args.model) for question in answered]
     text = as_lines(rows) if args.suite == "mt_bench" else to_json(rows, indent=2) + "\n"
     print_rank0(f"{out}{on_rank_0(lambda: write_once(out, text))}: {summary}")
+    if args.suite == "mt_bench":
+        print_rank0(f"next: python {HERE}/evaluate.py judge --mt_bench DIR --samples {out} --api URL --judge MODEL"
+                    " --out verdicts.jsonl")
+    else:
+        print_rank0(f"next: alpaca_eval --model_outputs {out}")
     return 1 if skipped else 0  # a mean over fewer questions is another one
 
 

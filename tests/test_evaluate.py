@@ -886,6 +886,64 @@ def test_golden_of_a_conversation(run_script, chat_dirs, other_rm, tmp_path):
     assert row["reference_rewards"] == pytest.approx([reward_of_ids(other_rm, answer(" ho")[:-1])], abs=1e-5)
 
 
+ZEPHYR = ("{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_round_trip(run_script, stories, tmp_path, chat):
+    """sample -> label -> train_pref with a SentencePiece tokenizer: the trainer reads the prompt that the policy was given and
+    the ids that it said, stop and all. Of a sampled text that is another way to spell it, it reads the tokenizer's way."""
+    import shutil
+
+    from conftest import load_rows, randomize
+    from transformers import LlamaForSequenceClassification
+
+    import train_pref
+
+    directory, rm = shutil.copytree(stories, tmp_path / "m"), tmp_path / "rm"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    full_stop = tokenizer.encode("a.", add_special_tokens=False)[-1]
+    if chat:
+        tokenizer.chat_template = ZEPHYR
+        tokenizer.save_pretrained(directory)
+    else:  # where generation stops besides EOS, training does
+        (directory / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[tokenizer.eos_token_id, full_stop])))
+    model = LlamaForSequenceClassification(LlamaConfig.from_pretrained(stories, num_labels=1, pad_token_id=0)).float()
+    randomize(model, 3)
+    model.save_pretrained(rm)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (directory / name).exists():
+            shutil.copy(directory / name, rm)
+    texts = ["Once upon a time", "The cat", "Lily and Tom went to the", "One day, a big"]
+    prompts = [[dict(role="user", content=text)] if chat else text for text in texts]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(dict(prompt=prompt)) + "\n" for prompt in prompts))
+    run = run_script("evaluate")
+    run("sample", "--model", directory, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s.jsonl", "--k", 6, "--max_new_tokens", 60).ok()
+    samples = read(tmp_path / "s.jsonl")
+    if chat:  # it has not learned to end a turn: what it said is taken as ended where it was cut
+        for row in samples:
+            row["stops"] = ["</s>"] * 6
+        write_samples(tmp_path / "s.jsonl", samples)
+    run("label", "--rm", rm, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").ok()
+    policy, own, _ = load(directory)
+    pairs, report = load_rows(train_pref, tmp_path / "p.jsonl", own, 512, 400, 200)
+    assert len(pairs) == 4, report
+    n_same = 0
+    for pair, written, row, prompt in zip(pairs, read(tmp_path / "p.jsonl"), samples, prompts):
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) if chat else tokenizer(prompt)["input_ids"]
+        assert pair.prompt == ids
+        said = sampled(policy, [ids], 6, 60, sorted(ev.stop_ids(own)), 0.7, 0.95)[0]
+        assert row["n_tokens"] == [len(y) for y in said]
+        for response, written_text in ((pair.chosen, written["chosen"]), (pair.rejected, written["rejected"])):
+            text = written_text[0]["content"] if chat else written_text
+            j = next(j for j, (t, stop) in enumerate(zip(row["completions"], row["stops"])) if t + ("" if chat or stop == "</s>" else stop or "") == text)
+            y = said[j] + ([tokenizer.eos_token_id] if chat and said[j][-1] != tokenizer.eos_token_id else [])
+            assert response[-1] == y[-1] and own.decode(response) == own.decode(y)
+            n_same += response == y
+    assert n_same >= 6
+
+
 def test_a_reward_model_without_a_template(run_script, rm_dir, policy_dir, tmp_path):
     rows = [dict(prompt=[dict(role="user", content="hi")], completions=["a", "b"])]
     run_script("evaluate")("label", "--rm", rm_dir, "--samples", write_samples(tmp_path / "s.jsonl", rows), "--out", tmp_path / "p.jsonl").refused(
