@@ -367,13 +367,36 @@ def test_table(drawn):
     assert "| 70.00 ± 2.00 | 2.00 ± 0.01 | 0.00 | 0.50 |" in single  # over prompts, where that is known
 
 
+def test_the_table_in_latex(drawn):
+    """The cells of table1.md, each row as long as the head, in a tabular of as many columns."""
+    folder, _, _ = drawn
+    markdown = [line.strip("| ").split(" | ") for line in (folder / "figs" / "table1.md").read_text().splitlines() if line.startswith("|")]
+    latex = (folder / "figs" / "table1.tex").read_text().splitlines()
+    rows = [line.removesuffix(r" \\").replace(r"\_", "_").replace(r"$\pm$", "±").split(" & ") for line in latex if "&" in line]
+    assert rows == [markdown[0], *markdown[2:]] and len(rows) > 5
+    assert latex[0] == r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}" and latex[-1] == r"\end{tabular}"
+
+
+def test_who_judges_stands_in_the_pictures():
+    """On the axis and in the table's note; runs that two judges judged belong in no one picture."""
+    import pandas as pd
+
+    rows = pd.DataFrame([dict(beta=0.1, lr=1e-4, loss="dpo", epoch=1.0, win_rate=50.0, win_rate_se=1.0)])
+    figure = evaluate.draw(rows, "epoch", ["win_rate"], "truth")
+    assert figure.axes[0].get_ylabel() == "win rate by the truth (%)"
+    runs = [dict.fromkeys([*evaluate.SETTING, *evaluate.COMMON, *evaluate.OF_SETTING, "golden settings", "data"], 1) | more for more in
+            (dict(name="a", seed=0, loss="dpo", judge="truth"), dict(name="b", seed=0, loss="is_dpo", judge="golden model"))]
+    with pytest.raises(evaluate.UserError, match="judge 'truth' and 'golden model'"):
+        evaluate.check_comparable(runs)
+
+
 def test_the_same_runs_give_the_same_bytes(drawn):
     folder, runs, _ = drawn
     run_plot(reversed(runs), folder / "again")
     names = sorted(path.name for path in (folder / "figs").iterdir())
     pictures = [f"figure{k}.{end}" for k in (3, 4, 5, 6) for end in ("png", "jsonl")]
-    assert set(names) - {".figs.lock", ".lock"} == {*pictures, "table1.jsonl", "table1.md"}
-    for name in [*pictures, "table1.jsonl", "table1.md"]:
+    assert set(names) - {".figs.lock", ".lock"} == {*pictures, "table1.jsonl", "table1.md", "table1.tex"}
+    for name in [*pictures, "table1.jsonl", "table1.md", "table1.tex"]:
         assert (folder / "again" / name).read_bytes() == (folder / "figs" / name).read_bytes(), name
 
 
@@ -391,10 +414,10 @@ def test_log_eps_chooses_and_says_what_it_leaves_out(drawn, tmp_path, capsys):
 def test_what_is_not_drawn_does_not_linger(drawn, tmp_path, capsys):
     _, runs, _ = drawn
     run_plot([runs[0], runs[-3]], tmp_path / "figs")
-    assert "figure3, figure4, figure5, figure6 and table1.md of 2 runs" in capsys.readouterr().out
+    assert "figure3, figure4, figure5, figure6, table1.md and table1.tex of 2 runs" in capsys.readouterr().out
     assert (tmp_path / "figs" / "figure5.png").exists()
     run_plot(runs[:2], tmp_path / "figs")
-    assert "figure3, figure4, figure6 and table1.md of 2 runs" in capsys.readouterr().out
+    assert "figure3, figure4, figure6, table1.md and table1.tex of 2 runs" in capsys.readouterr().out
     assert not list((tmp_path / "figs").glob("figure5*")) and (tmp_path / "figs" / "figure4.png").exists()
 
 

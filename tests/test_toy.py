@@ -292,7 +292,7 @@ def test_truth_as_judge(tmp_path):
     run = tmp_path / "runs0" / "dpo"
     (run / "golden_samples" / "5e77").mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"header": 1}\n')
-    golden = dict(checkpoint="step_000022", settings="5e77", win_rate=0.1, reward=9.0, kl=2.0)
+    golden = dict(checkpoint="step_000022", settings="5e77", win_rate=0.1, reward=9.0, kl=2.0, sqrt_kl=1.4)
     (run / "golden.jsonl").write_bytes(make.json_lines([golden]))
     best, half, wrong = "hugo bought tents and leo found cameras .", "hugo bought tents .", "hugo bought cameras ."
     samples = [dict(prompt=POST, references=[half], completions=[best, wrong], stops=["</s>", "</s>"]),
