@@ -17,6 +17,10 @@ ones whose KL it is.
 Units: rewards in nats of log-odds; KL in nats a response; lengths in tokens (the stop counted); n in prompts, k in
 completions a prompt. A response ends with its stop: the token, EOS or what the chat template ends a turn with, that the
 policy said; samples keep it apart from the text (`stops`; null: cut at --max_new_tokens), and no judge sees it.
+
+A conversation stays a list of messages in every file: policy, reward model and judge each read it in their own form.
+What is not finite is refused, naming the model and the row. One bad checkpoint, run, question or request is said with
+its place, the others go on, and the exit code is 1.
 """
 
 import functools
@@ -177,7 +181,8 @@ def next_tokens(logits, uniform, temperature, top_p):
 
 
 NO_TOKEN = -1  # after the end of a completion
-NOT_FINITE = -2
+NOT_FINITE = -2  # in the place of a token that was drawn from NaN
+NOT_FINITE_REMEDY = "its weights are broken, or --precision is too low for them"
 
 
 @torch.no_grad()
@@ -322,9 +327,6 @@ def score(reward_model, prompts, responses, places, args, known, desc):
     found = [torch.tensor([known[key] for key in of_prompt], dtype=torch.float64) for of_prompt in keys]
     refuse_not_finite(found, f"{args.rm}: the reward", places)
     return [of_prompt.round(decimals=9) for of_prompt in found]
-
-
-NOT_FINITE_REMEDY = "its weights are broken, or --precision is too low for them"
 
 
 def refuse_not_finite(values, what, places):
@@ -933,6 +935,7 @@ def golden(args):
     protocol = {name: getattr(args, name) for name in PROTOCOL}
     if args.chat_template_kwargs:
         protocol["chat_template_kwargs"] = args.chat_template_kwargs
+    # Rows are known by what they were made of and how; where any of it differs, they are other rows in the same file.
     made_of = dict(rm=model_fingerprint(rm_directory), ref=model_fingerprint(ref_directory), prompts=digest)
     settings = hashlib.sha256(json.dumps([protocol, made_of]).encode()).hexdigest()[:12]
     evaluations, failures = on_rank_0(lambda: find_work(args, ref_directory, made_of["ref"], settings))
@@ -948,6 +951,7 @@ def golden(args):
         return score(reward_model, [x for x, _ in ids], [ys for _, ys in ids], places, args, known, desc)
 
     if evaluations:
+        # Before anything is sampled: a prompt that the reward model cannot read would stop every checkpoint.
         prompts = leave_out_refused(prompts, rm_tokenizer, vocab_size, args)
         references = {}
         reference_rewards = rate(prompts, [prompt.references for prompt in prompts], references, "references")
@@ -1016,6 +1020,7 @@ def find_work(args, ref_directory, ref_fingerprint, settings):
     for run in map(Path, dict.fromkeys(args.runs)):
         try:
             header = read_header(run)
+            # KL and win rate are of the policy against what it was trained to stay near, and step 0 is that reference.
             if header.get("ref") != ref_fingerprint:
                 trained_with = header["args"].get("ref") or header["args"].get("model")
                 raise UserError(f"{run} was trained against another reference: {trained_with}, fingerprint"
@@ -1076,7 +1081,7 @@ def samples_file(run, settings, name):
 
 def write_evaluation(evaluation, row, samples):
     """A checkpoint's row, last, and before it its samples, unless they are None."""
-    if samples is not None:
+    if samples is not None:  # first: a row whose samples lack would be taken for done
         path = samples_file(evaluation.run, row["settings"], evaluation.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, samples)
@@ -1344,7 +1349,7 @@ def ask_all(items, args):
     def create(request):
         endpoint = client.chat.completions if "messages" in request else client.completions
         tried = set(renamed)
-        while True:
+        while True:  # until it is taken, or refused for something else
             asked = dict(request)
             for parameter in tried & asked.keys():
                 value = asked.pop(parameter)
@@ -1378,7 +1383,7 @@ def ask_all(items, args):
     def ask_in_turn(requests):
         return [ask(request) for request in requests]
 
-    unsent = iter(tqdm(items, disable=None))
+    unsent = iter(tqdm(items, disable=None))  # with a bar on a terminal
     running = {}  # future: (what it is for, when it is given up)
     failures = []
     n_answered = 0
@@ -1411,6 +1416,7 @@ def ask_all(items, args):
                     status = getattr(error, "status_code", 500)
                     if status < 500 and status not in (*REFUSES_THIS_ONE, *NOT_THIS_TIME):
                         raise UserError(f"{args.api} refuses a request: {why}") from None
+                    # A stretch of prompts that a filter refuses is no sign that the server is down.
                     if status not in REFUSES_THIS_ONE or n_answered == 0:
                         in_a_row += 1
     finally:  # Ctrl-C, or a request refused: do not wait for what is under way
@@ -1627,6 +1633,7 @@ def read_run(directory):
             raise UserError(f"{metrics}:1: {name} is {args.get(name)!r:.40}: want a number")
     steps = []
     for where, line in read_whole_lines(metrics)[1:]:
+        # Reversed or doubled lines would give other figures without a word.
         if line.get("step") != len(steps) + 1:
             raise UserError(f"{where}: step {line.get('step')!r:.40} where {len(steps) + 1} should stand: lines are"
                             " missing, doubled, out of order or not of this log: restore the file")
@@ -1662,7 +1669,7 @@ def golden_points(directory, last_step):
             raise UserError(f"{where}: {measures | errors} must be numbers, with `settings`: delete {path} and run"
                             f" {remedy}")
         points = of_settings.pop(row["settings"], {})
-        of_settings[row["settings"]] = points
+        of_settings[row["settings"]] = points  # now the last
         in_percent = {name: row[name] and 100 * row[name] for name in ("win_rate", "win_rate_se") if name in row}
         points[row["step"]] = row | in_percent
     usable = [settings for settings, points in of_settings.items() if 0 in points and len(points) > 1]
