@@ -54,7 +54,7 @@ from plumbing.data import (SkipRow, apply_template, assistant_stop_id, begins_wi
                            render_chat, require_known, stop_ids, text_begin, text_messages, wrong_types)
 from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, parse_json,
                               print_rank0, read_json, read_text, run_main, to_json, write_atomically, write_text)
-from plumbing.run import Parser, check_ranges, json_object
+from plumbing.run import Parser, check_ranges, json_object, open_tracker
 
 
 # --------------------------------------------------------------------------------------------------- the estimators
@@ -282,6 +282,18 @@ def response_rows(prompts, responses):
     return rows, places
 
 
+def predicted_tokens(prompts, places):
+    """Of response_rows: (row, column) of the token before each response token, and those tokens. A response's first
+    follows its prompt's last, wherever it stands in the row."""
+    predict = []
+    targets = []
+    for row, start, y in places:
+        predict.append((row, len(prompts[row]) - 1))
+        predict += [(row, start + t) for t in range(len(y) - 1)]
+        targets += y
+    return predict, targets
+
+
 def compute_in_batches(compute, prompts, responses, *, columns, batch_size, desc):
     """compute(prompts, responses) -> (responses, columns) on batches of about batch_size responses, divided among ranks
     -> a float64 CPU tensor (number of responses of the prompt, columns) a prompt, on every rank."""
@@ -343,12 +355,7 @@ def divergences(policy, ref, prompts, responses):
     log ref(y), k1 -> (S, 2), nats. Both estimate KL(pi || ref) if the responses are drawn from pi at temperature 1,
     top-p 1."""
     rows, places = response_rows(prompts, responses)
-    predict = []  # a response's first token follows its prompt's last, wherever it stands in the row
-    targets = []
-    for row, start, y in places:
-        predict.append((row, len(prompts[row]) - 1))
-        predict += [(row, start + t) for t in range(len(y) - 1)]
-        targets += y
+    predict, targets = predicted_tokens(prompts, places)
     batch = batch_tensors(rows, predict, device_of(policy), targets=targets)
     hidden = []
     for model in (policy, ref):
@@ -364,6 +371,30 @@ def divergences(policy, ref, prompts, responses):
         steps.append(torch.stack([step_kl(policy_logits, ref_logits), ratios.gather(1, y[:, None])[:, 0]], dim=1))
     lengths = [len(y) for _, _, y in places]
     return torch.stack([part.sum(0) for part in torch.cat(steps).double().split(lengths)])
+
+
+@torch.no_grad()
+def sampler_logps(policy, prompts, responses, temperature, top_p):
+    """Log-prob of each response in turn, its stop included, under the distribution that `next_tokens` draws from
+    (temperature > 0, top_p) -> (S, 1), nats: the denominator of an importance weight; -inf for what it never draws."""
+    rows, places = response_rows(prompts, responses)
+    predict, targets = predicted_tokens(prompts, places)
+    batch = batch_tensors(rows, predict, device_of(policy), targets=targets)
+    hidden = policy.model(batch["ids"], batch["positions"], batch["segments"]).flatten(0, 1)[batch["predict"]]
+    size = max(1, 2**25 // policy.config.vocab_size)  # in pieces: logits of all steps at once would be gigabytes
+    steps = []
+    for x, y in zip(hidden.split(size), batch["targets"].split(size)):
+        probs = (policy.logits(x).double() / temperature).softmax(-1)
+        drawn = probs.gather(1, y[:, None])[:, 0]
+        if top_p < 1:
+            # Kept are tokens before which less than top_p stands; equally likely ones in the order of a sort.
+            top, order = probs.sort(descending=True)
+            kept = top.cumsum(-1) - top < top_p
+            is_kept = (kept & (order == y[:, None])).any(-1)
+            drawn = torch.where(is_kept, drawn / (top * kept).sum(-1), 0.0)
+        steps.append(drawn.log())
+    lengths = [len(y) for _, _, y in places]
+    return torch.stack([part.sum() for part in torch.cat(steps).split(lengths)])[:, None]
 
 
 def device_of(model):
@@ -401,10 +432,10 @@ def parse_args(argv=None):
 
     models = "sample label golden bench"
     add("golden plot", "runs", nargs="+", metavar="RUN", help="--out of train_pref.py; plot: evaluated by golden")
-    add("sample bench", "--model", help="policy: model directory or Hub id; with --api the server's name (preset)")
-    add("label golden", "--rm", help="reward model: what train_rm.py wrote, or a Hub id (preset)")
-    add("golden", "--ref", help="reference policy, for the KL and as step 0: model directory or Hub id (preset)")
-    add("sample golden", "--data", help="prompts and reference responses: a file, recipe or Hub id (preset)")
+    add("sample bench", "--model", help="policy: model directory or Hub id; with --api the server's name")
+    add("label golden", "--rm", help="reward model: what train_rm.py wrote, or a Hub id")
+    add("golden", "--ref", help="reference policy, for the KL and as step 0: model directory or Hub id")
+    add("sample golden", "--data", help="prompts and reference responses: a file, recipe or Hub id")
     add("label judge", "--samples", required=True, help="what `sample` wrote (judge --mt_bench: what `bench` wrote)")
     add("judge", "--against", help="the same prompts' completions to compare with (None: with the first reference)")
     add("judge", "--mt_bench", metavar="DIR", help="grade MT-Bench answers by FastChat's fastchat/llm_judge/data")
@@ -419,34 +450,41 @@ def parse_args(argv=None):
     add("golden", "--keep_samples", action="store_true", help="write what was said to RUN/golden_samples/")
     add("label", "--noise", choices=["none", "bt"], default="none", help="none: chosen is the better one; bt: with"
         " probability sigmoid(difference of rewards), as people would")
+    add("label", "--pairs", choices=["best_worst", "random"], default="best_worst", help="which two of a prompt's"
+        " completions: of more than two the best and the worst are no draws of their policy; random ones are")
     add("bench", "--template", choices=["chat", "hh"], default="chat", help="the tokenizer's, or HH's plain dialogue")
-    add("sample golden", "--n", type=int, help="prompts: the first n different ones (preset)")
+    add("sample golden", "--n", type=int, help="prompts: the first n different ones")
     add("sample golden", "--k", type=int, default=2, help="completions a prompt")
     draw = "sample golden bench"
     add(draw, "--temperature", type=float, default=0.7, help="0: likeliest token (golden's KL 1; mt_bench by category)")
     add(draw, "--top_p", type=float, default=0.95, help="mass of the likeliest tokens (golden's KL, bench: 1)")
-    add(draw, "--max_new_tokens", type=int, help="tokens of a completion at most (preset; bench: 1024)")
-    commands["bench"].set_defaults(temperature=None, top_p=1.0, max_new_tokens=1024)
-    add("label golden", "--max_length", type=int, help="tokens of prompt + response that are scored (preset)")
-    add(models, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end (preset)")
+    add(draw, "--max_new_tokens", type=int, help="tokens of a completion at most")
+    add("label golden", "--max_length", type=int, help="tokens of prompt + response that are scored")
+    add(models, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end")
     add(models, "--batch_size", type=int, default=64, help="completions a rank at a time: less takes less memory")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     add(models, "--precision", choices=["bf16", "fp32", "fp64"], default=precision, help="of weights and products")
     add(models, "--chat_template_kwargs", type=json_object, metavar="JSON", help="given to the chat template, as"
         ' {"enable_thinking": false}')
-    add(models, "--preset", choices=list(PRESETS), help="defaults (None: toy, or paper if a model or data is given)")
-    add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
+    add(models, "--preset", choices=list(PRESETS), help="defaults: toy, or paper if a model or data is given")
+    add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice")
     add(models, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
     add(models + " judge", "--seed", type=int, default=0, help="of all that is drawn; judge: of who is A")
 
+    # A preset's values are defaults, which --help shows too: it is looked for first. Whose model or data it is not gets
+    # the paper's, as in the trainers.
+    chooser = Parser(add_help=False)
+    for flag in ("preset", "model", "ref", "rm", "data"):
+        chooser.add_argument(f"--{flag}")
+    given = vars(chooser.parse_known_args(argv)[0])
+    preset = given.pop("preset") or ("paper" if any(given.values()) else "toy")
+    for name in models.split():
+        flags = {action.dest for action in commands[name]._actions}
+        values = {flag: value for flag, value in PRESETS.get(preset, {}).items() if flag in flags}
+        commands[name].set_defaults(**values | dict(preset=preset))
+    commands["bench"].set_defaults(temperature=None, top_p=1.0, max_new_tokens=1024)
     args = parser.parse_args(argv)
     values = vars(args)
-    if "preset" in values:
-        of_ones_own = any(values.get(flag) for flag in ("model", "ref", "rm", "data"))
-        args.preset = args.preset or ("paper" if of_ones_own else "toy")
-        for flag, value in PRESETS[args.preset].items():
-            if flag in values and values[flag] is None:
-                values[flag] = value
     for flag in ["api"] if args.command == "judge" else ["model", "ref", "rm", "data"]:
         if flag in values and not values[flag]:
             parser.error(f"--{flag} is missing")
@@ -813,7 +851,7 @@ def sample(args):
         if args.api:
             return api_rows(lacking.values(), args)
         return sampled_rows(policy, tokenizer, list(lacking.values()), args, k=args.k, temperature=args.temperature,
-                            stops=stops, desc="sampling")
+                            stops=stops, desc="sampling", with_logps=True)
 
     rows = complete_rows(Path(args.out), provenance, {prompt.index: prompt for prompt in prompts}, compute).values()
     texts = [text for row in rows for text in row["completions"]]
@@ -824,14 +862,39 @@ def sample(args):
     print_rank0(f"next: python {HERE}/evaluate.py label --rm REWARD_MODEL --samples {args.out} --out pairs.jsonl")
 
 
-def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, desc):
-    """Yield the rows of prompts with k completions of each, a list a round."""
+def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, desc, with_logps=False):
+    """Yield the rows of prompts with k completions of each, a list a round. with_logps: and their sampler's log-probs,
+    None where the distribution has none (temperature 0) or the text, read again, is of other ids."""
+
+    def compute(xs, ys):
+        return sampler_logps(policy, xs, ys, temperature, args.top_p)
+
     rounds = completions(policy, prompts, args, k=k, temperature=temperature, top_p=args.top_p, stops=stops, desc=desc)
     for finished in rounds:
         rows = []
         for i, ys in finished:
             rows.append(sample_row(prompts[i], [completion_text(y, stops, tokenizer) for y in ys]))
+        if with_logps and temperature > 0:
+            ids = [prompts[i].ids for i, _ in finished]
+            logps = compute_in_batches(compute, ids, [ys for _, ys in finished], columns=1, batch_size=args.batch_size,
+                                       desc="log-probs")
+            for row, (i, ys), of_prompt in zip(rows, finished, logps):
+                row["logps"] = known_logps(tokenizer, prompts[i], row, ys, of_prompt[:, 0].tolist(), args)
         yield rows
+
+
+def known_logps(tokenizer, prompt, row, ys, logps, args):
+    """The log-probs of a row's completions, to a thousandth of a nat (the batch decides what comes after it); None for
+    one whose text a trainer will read as other ids than `ys`, those that were drawn, or that was cut."""
+    prompt_text = render_prompt(tokenizer, prompt.content, prompt.tools, args.model)
+    known = []
+    for text, stop, y, logp in zip(row["completions"], row["stops"], ys, logps):
+        read = text + (stop or "")
+        if isinstance(prompt.content, list) and text.strip():
+            _, read = render_chat(tokenizer, prompt.content, [dict(role="assistant", content=text)], prompt.tools)
+        same = stop is not None and encode_after(tokenizer, [prompt_text], [read])[0] == y
+        known.append(round(min(logp, 0.0), 3) if same and math.isfinite(logp) else None)
+    return known
 
 
 def sample_row(prompt, answers):
@@ -887,15 +950,19 @@ def label(args):
 
 
 def choose_pair(row, rewards, eos, args):
-    """The best and the worst of a prompt's completions as a pair, with their rewards. Raises SkipRow. One that is empty
-    or was cut is not taken: in a pair's text it would look as if it had ended there. A stop other than the trainer's
-    `eos` is written, so that it reads what was said. Noise is a function of (seed, prompt, texts)."""
+    """The best and the worst of a prompt's completions (--pairs random: of any two) as a pair, with their rewards and,
+    where they are known, the log-probs of their sampler. Raises SkipRow. A completion that is empty or was cut is not
+    taken: in a pair's text it would look as if it had ended there. A stop other than the trainer's `eos` is written, so
+    that it reads what was said. What is drawn is a function of (seed, prompt, texts)."""
     candidates = []
-    for reward, text, stop in zip(rewards, row["completions"], row["stops"]):
+    logps = row.get("logps") or [None] * len(rewards)
+    for reward, text, stop, logp in zip(rewards, row["completions"], row["stops"], logps):
         if stop is not None and text.strip():
-            candidates.append((reward, text, stop))
+            candidates.append((reward, text, stop, logp))
     if len(candidates) < 2:
         raise SkipRow("fewer than two completions that ended and are not empty")
+    if args.pairs == "random":
+        candidates = random.Random(json.dumps([args.seed, row["prompt"]])).sample(candidates, 2)
     chosen = max(candidates, key=itemgetter(0))
     rejected = min(candidates, key=itemgetter(0))
     if chosen[0] == rejected[0]:
@@ -910,9 +977,13 @@ def choose_pair(row, rewards, eos, args):
             return [dict(role="assistant", content=text)]
         return text if stop == eos else text + stop
 
-    pair = dict(prompt=row["prompt"], chosen=response(*chosen[1:]), rejected=response(*rejected[1:]),
+    pair = dict(prompt=row["prompt"], chosen=response(*chosen[1:3]), rejected=response(*rejected[1:3]),
                 chosen_reward=chosen[0], rejected_reward=rejected[0])
-    return pair | (dict(tools=row["tools"]) if row.get("tools") else {})
+    if chosen[3] is not None and rejected[3] is not None:
+        pair |= dict(chosen_logps=chosen[3], rejected_logps=rejected[3])
+    if row.get("tools"):
+        pair["tools"] = row["tools"]
+    return pair
 
 
 # ----------------------------------------------------------------------------------------------------------- golden
@@ -976,6 +1047,7 @@ def golden(args):
         row = dict(checkpoint=evaluation.name, step=evaluation.step, epoch=evaluation.epoch, **measures,
                    prompts=len(prompts), weights=evaluation.weights, settings=settings, protocol=protocol, of=made_of)
         on_rank_0(lambda: write_evaluation(evaluation, row, samples if args.keep_samples else None))
+        on_rank_0(lambda: show_on_dashboard(evaluation.run, row))
         print_rank0(f"{evaluation.run} {evaluation.name}: {', '.join(figure_text(name, row) for name in FIGURES)}")
     for failure in failures:
         print_rank0(f"failed: {failure}")
@@ -1085,6 +1157,17 @@ def write_evaluation(evaluation, row, samples):
         write_lines(path, samples)
     if not evaluation.row_exists:
         append_rows(evaluation.run / "golden.jsonl", [row])
+
+
+def show_on_dashboard(run, row):
+    """A checkpoint's figures in the dashboard run that its training was shown in, if any, over `golden/step`: a step of
+    their own, as dashboards take no earlier one than the last."""
+    kind = read_header(run)["args"].get("track", "none")
+    if kind != "none":
+        open_tracker(kind, run, read_header(run)["args"])
+        tracker = sys.modules[kind]
+        tracker.log({f"golden/{name}": row[name] for name in ("step", "sqrt_kl", *FIGURES)})
+        tracker.finish()
 
 
 def put_settings_last(path, settings):
@@ -1600,24 +1683,26 @@ def grade_result(scored):
 # Win rates in %, sqrt KL in sqrt nats, log-ratios and log_eps in nats, lengths in tokens. `x_se` is the standard error
 # of the mean x over n seeds; of a single run that of its evaluation, over prompts; null where there is none.
 LOOKS = {"dpo": ("#b04000", "s"), "is_dpo": ("#0060a0", "o"), "ipo": ("#d08a00", "v"), "is_ipo": ("#3a7d34", "^"),
-         "chi_po": ("#7a3b8f", "D"), "rpo": ("#606060", "P"), "length_dpo": ("#8c6d46", "X"), "online": ("black", "*")}
+         "chi_po": ("#7a3b8f", "D"), "rpo": ("#606060", "P"), "length_dpo": ("#8c6d46", "X"), "online": ("black", "h")}
 COMPARED = ("dpo", "is_dpo")  # drawn thick, and with bands: those of seven losses would hide each other
-LABELS = {"epoch": "epoch", "win_rate": "win rate (%)", "sqrt_kl": "√KL(π || ref) (√nats)",
+LABELS = {"epoch": "epoch", "win_rate": "win rate by the {judge} (%)", "sqrt_kl": "√KL(π || ref) (√nats)",
           "ratio/chosen": "mean log π/ref, chosen (nats)", "ratio/rejected": "mean log π/ref, rejected (nats)",
           "weights/mean": "mean weight (capped)", "place": "log ε (nats a response; inf: no cap)",
-          "peak_win_rate": "peak win rate (%)", "final_win_rate": "final win rate (%)",
+          "peak_win_rate": "peak win rate by the {judge} (%)", "final_win_rate": "final win rate by the {judge} (%)",
           "final_sqrt_kl": "final √KL (√nats)"}
 TRAINING = ["ratio/chosen", "ratio/rejected", "weights/mean"]
 TABLE = ["peak_win_rate", "peak_sqrt_kl", "final_win_rate", "final_sqrt_kl", "drop", "ess_share", "final_length"]
+BARS = "bars: one standard error over seeds, of one run over prompts"
+BANDS = "; bands: 95% of fits to seeds drawn with replacement"
 TABLE_NOTE = """
-Mean ± standard error over n seeds, of one run over prompts; win rates in %, √KL in √nats, lengths in tokens. The peak
-is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
+Mean ± standard error over n seeds, of one run over prompts; win rates by the {judge} in %, √KL in √nats, lengths in
+tokens. The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
 effective sample size of the weights over the step's pairs, median of the last tenth of the steps.
 """
 METHOD = ["beta", "lr", "loss"]
 SETTING = [*METHOD, "log_eps"]
 # What runs in one plot share, and what those of one setting share, too
-COMMON = ["protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length",
+COMMON = ["judge", "protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length",
           "max_prompt_length"]
 OF_SETTING = ["label_smoothing", "length_average", "eta", "alpha", "r_max"]
 
@@ -1655,7 +1740,8 @@ def read_run(directory):
                     " policy")
     return args | {"name": directory, "log_eps": args["log_eps"] if args["loss"].startswith("is_") else None,
                    "pairs": header["pairs"], "steps": steps, "points": [points[step] for step in sorted(points)],
-                   "data": header.get("data"), "golden settings": settings, "protocol": points[0].get("protocol")}
+                   "data": header.get("data"), "golden settings": settings, "protocol": points[0].get("protocol"),
+                   "judge": points[0].get("judge", "golden model")}
 
 
 def golden_points(directory, last_step):
@@ -1746,9 +1832,9 @@ def fit_curve(seeds, start, grid):
     return fits[0], curves[0], np.percentile(curves[1:], [2.5, 97.5], axis=0)
 
 
-def draw(rows, x, ys, ticks=None, **line):
+def draw(rows, x, ys, judge, ticks=None, **line):
     """A column of axes a (beta, lr), a line of axes a y; over x the means of each loss, with bars of one standard
-    error. Full markers: the weighted losses."""
+    error. Full markers: the weighted losses. judge: who says what wins, for the labels."""
     from matplotlib.figure import Figure
 
     panels = rows.groupby(["beta", "lr"])
@@ -1767,7 +1853,7 @@ def draw(rows, x, ys, ticks=None, **line):
         if ticks:
             column[-1].set_xticks(range(len(ticks)), ticks)
     for ax, y in zip(axes[:, 0], ys):
-        ax.set_ylabel(LABELS[y])
+        ax.set_ylabel(LABELS[y].format(judge=judge))
     return figure
 
 
@@ -1776,7 +1862,7 @@ def draw_curves(runs, points):
     its maximum (exp(a/b - 1), WR_sft + b d), where a - b log d - b = 0, if that is inside the data -> rows, figure."""
     import pandas as pd
 
-    figure = draw(points, "sqrt_kl", ["win_rate"], linestyle="")
+    figure = draw(points, "sqrt_kl", ["win_rate"], runs[0]["judge"], linestyle="")
     axes = dict(zip(points.groupby(["beta", "lr"]).groups, figure.axes))
     rows = []
     for row in points[points["step"] == 0].to_dict("records"):
@@ -1803,7 +1889,8 @@ def draw_curves(runs, points):
             ax.fill_between(grid, *band, color=color, alpha=0.12, linewidth=0)
         if inside:
             ax.plot(peak, start + b * peak, "*", color=color, markersize=13, mec="white")
-    figure.axes[-1].plot([], [], "*", color="grey", markersize=11, label="peak of a fitted curve")
+    if any(row["inside"] for row in rows):
+        figure.axes[-1].plot([], [], "*", color="grey", markersize=11, label="peak of a fitted curve")
     return pd.DataFrame(rows), figure
 
 
@@ -1836,14 +1923,28 @@ def run_numbers(run):
     return numbers | dict(drop=peak["win_rate"] - final["win_rate"], ess_share=ess_share(run))
 
 
-def markdown_table(table):
+def table_cells(table):
+    """-> the rows of Table 1 as texts, the header first; "-" where there is no number."""
     names = ["loss", "beta", "lr", "log_eps", "n"]
-    lines = [[*names, *TABLE], ["---"] * (len(names) + len(TABLE))]
+    rows = [[*names, *TABLE]]
     for row in table.to_dict("records"):
-        numbers = [f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}" for name in TABLE]
-        lines.append([str(row[name]) for name in names] + numbers)
-    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    return text.replace(" ± nan", "").replace("nan", "-") + TABLE_NOTE
+        cells = [str(row[name]) for name in names] + [f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}" for name in TABLE]
+        rows.append([cell.replace(" ± nan", "").replace("nan", "-") for cell in cells])
+    return rows
+
+
+def markdown_table(table, judge):
+    header, *rows = table_cells(table)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + TABLE_NOTE.format(judge=judge)
+
+
+def latex_table(table):
+    """The same for a paper that loads booktabs."""
+    header, *rows = table_cells(table)
+    lines = [" & ".join(row).replace("_", r"\_").replace("±", r"$\pm$") + r" \\" for row in (header, *rows)]
+    begin = [rf"\begin{{tabular}}{{{'l' + 'r' * (len(header) - 1)}}}", r"\toprule", lines[0], r"\midrule"]
+    return "\n".join([*begin, *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
 
 def plot(args):
@@ -1854,6 +1955,7 @@ def plot(args):
     if not shown:
         raise UserError(f"no run has log_eps {args.log_eps:g}, for figures 3, 4 and 6: choose another --log_eps")
     print_rank0(f"figures 3, 4, 6: {len(shown)} of {len(runs)} runs, those without a log_eps or of {args.log_eps:g}")
+    judge = runs[0]["judge"]
     table = average(runs, lambda run: [run_numbers(run)], TABLE)
     points = average(shown, itemgetter("points"), ["epoch", "win_rate", "sqrt_kl"], ["step"])
     bin_size = math.ceil(max(len(run["steps"]) for run in shown) / 20)
@@ -1863,14 +1965,14 @@ def plot(args):
 
     bins = average(shown, binned, ["epoch", *TRAINING], ["first_step"])
     figures = {"figure3": draw_curves(shown, points),
-               "figure4": (points, draw(points, "epoch", ["win_rate", "sqrt_kl"])),
-               "figure6": (bins, draw(bins, "epoch", TRAINING))}
+               "figure4": (points, draw(points, "epoch", ["win_rate", "sqrt_kl"], judge)),
+               "figure6": (bins, draw(bins, "epoch", TRAINING, judge))}
     ablation = table[table.groupby(METHOD, observed=True)["log_eps"].transform("nunique") > 1]
     if len(ablation):
         caps = sorted(set(ablation["log_eps"]))
         places = ablation["log_eps"].rank(method="dense") - 1
         ys = ["peak_win_rate", "final_win_rate", "final_sqrt_kl"]
-        figures["figure5"] = ablation, draw(ablation.assign(place=places), "place", ys, ticks=caps)
+        figures["figure5"] = ablation, draw(ablation.assign(place=places), "place", ys, judge, ticks=caps)
 
     out = Path(args.out)
     if out.exists() and any(out.iterdir()) and not (out / "table1.jsonl").exists():
@@ -1884,7 +1986,8 @@ def plot(args):
                          lambda aside: rows.to_json(aside, orient="records", lines=True, double_precision=15))
 
     write_frame("table1", table)
-    write_text(out / "table1.md", markdown_table(table))
+    write_text(out / "table1.md", markdown_table(table, judge))
+    write_text(out / "table1.tex", latex_table(table))
     for stale in out.glob("figure5.*"):  # it would pass for one of these runs
         stale.unlink()
     for name, (rows, figure) in figures.items():
@@ -1892,10 +1995,12 @@ def plot(args):
         for ax in figure.axes:
             for handle, text in zip(*ax.get_legend_handles_labels()):
                 legend[text] = handle
-        figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend))
+        figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend),
+                      title=BARS + (BANDS if name == "figure3" else ""), title_fontsize=8)
         write_atomically(out / f"{name}.png", lambda aside: figure.savefig(aside, format="png", dpi=150))
         write_frame(name, rows)
-    print_rank0(f"{out}: {', '.join(sorted(figures))} and table1.md of {len(runs)} runs")
+    print_rank0(markdown_table(table, judge))
+    print_rank0(f"{out}: {', '.join(sorted(figures))}, table1.md and table1.tex of {len(runs)} runs")
 
 
 def main():

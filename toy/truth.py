@@ -35,7 +35,7 @@ def judge(path):
         shares.append(statistics.mean((a > b) + 0.5 * (a == b) for a in ours for b in theirs))
         truths.append(statistics.mean(ours))
     error = lambda values: statistics.stdev(values) / len(values) ** 0.5
-    return dict(win_rate=statistics.mean(shares), win_rate_se=error(shares), reward=statistics.mean(truths),
+    return dict(judge="truth", win_rate=statistics.mean(shares), win_rate_se=error(shares), reward=statistics.mean(truths),
                 reward_se=error(truths))
 
 
@@ -124,6 +124,9 @@ def main():
         golden = rows_with_samples(run)
         verdicts = [judge(samples_of(run, row)) for row in golden]
         (to / "golden.jsonl").write_bytes(make.json_lines([row | truth for row, truth in zip(golden, verdicts)]))
+        for row, truth in zip(golden, verdicts):
+            print(f"{run} {row['checkpoint']}: win rate by the truth {100 * truth['win_rate']:.1f} +-"
+                  f" {100 * truth['win_rate_se']:.1f} %, sqrt KL {row['sqrt_kl']:.2f}")
         rows += study_rows(run, golden, verdicts) if args.rows else []
     if args.rows:
         args.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
