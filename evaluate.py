@@ -1696,8 +1696,8 @@ BARS = "bars: one standard error over seeds, of one run over prompts"
 BANDS = "; bands: 95% of fits to seeds drawn with replacement"
 TABLE_NOTE = """
 Mean ± standard error over n seeds, of one run over prompts; win rates by the {judge} in %, √KL in √nats, lengths in
-tokens. The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
-effective sample size of the weights over the step's pairs, median of the last tenth of the steps.
+tokens. The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward.
+ESS share: effective sample size of the weights over the step's pairs, median of the last tenth of the steps.
 """
 METHOD = ["beta", "lr", "loss"]
 SETTING = [*METHOD, "log_eps"]
