@@ -17,6 +17,10 @@ ones whose KL it is.
 Units: rewards in nats of log-odds; KL in nats a response; lengths in tokens (the stop counted); n in prompts, k in
 completions a prompt. A response ends with its stop: the token, EOS or what the chat template ends a turn with, that the
 policy said; samples keep it apart from the text (`stops`; null: cut at --max_new_tokens), and no judge sees it.
+
+A conversation stays a list of messages in every file: policy, reward model and judge each read it in their own form.
+What is not finite is refused, naming the model and the row. One bad checkpoint, run, question or request is said with
+its place, the others go on, and the exit code is 1.
 """
 
 import functools
@@ -177,7 +181,8 @@ def next_tokens(logits, uniform, temperature, top_p):
 
 
 NO_TOKEN = -1  # after the end of a completion
-NOT_FINITE = -2
+NOT_FINITE = -2  # in the place of a token that was drawn from NaN
+NOT_FINITE_REMEDY = "its weights are broken, or --precision is too low for them"
 
 
 @torch.no_grad()
@@ -334,9 +339,6 @@ def score(reward_model, prompts, responses, places, args, known, desc):
     found = [torch.tensor([known[key] for key in of_prompt], dtype=torch.float64) for of_prompt in keys]
     refuse_not_finite(found, f"{args.rm}: the reward", places)
     return [of_prompt.round(decimals=9) for of_prompt in found]
-
-
-NOT_FINITE_REMEDY = "its weights are broken, or --precision is too low for them"
 
 
 def refuse_not_finite(values, what, places):
@@ -701,28 +703,32 @@ def load_model(name, make, precision, device, chat_template_kwargs=None):
     return model.eval(), load_tokenizer(directory, chat_template_kwargs), directory
 
 
-def load_by_flags(name, make, args, device):
-    return load_model(name, make, args.precision, device, args.chat_template_kwargs)
-
-
-def check_room(c, directory, length, args):
-    """See check_length. The toy's prompts are far shorter than its preset allows: it needs no warning."""
-    if args.preset != "toy":
-        check_length(c, directory, length)
-
-
-def warn_of_sampling_config(directory):
-    """Say once what else than stops a model's generation_config.json asks for: the flags decide how is sampled."""
+def load_policy(name, args, device):
+    """load_model of a policy that is to be sampled. Says once what its generation_config.json asks for besides stops,
+    and is not heeded: the flags decide how is sampled."""
+    policy, tokenizer, directory = load_model(name, CausalLM, args.precision, device, args.chat_template_kwargs)
+    if args.preset != "toy":  # whose prompts are far shorter than it allows: no warning
+        check_length(policy.config, directory, args.max_prompt_length + args.max_new_tokens)
     path = directory / "generation_config.json"
     config = read_json(path) if path.exists() else {}
-    ignored = [f"{key} {value!r:.40}" for key, value in config.items() if key not in NO_SAMPLING and value is not None]
+    ignored = []
+    for key, value in config.items():
+        if key not in NO_SAMPLING and value not in (None, False):
+            ignored.append(f"{key} {value!r:.40}")
     if ignored:
         print_rank0(f"{path}: ignored, as the flags decide how is sampled: {', '.join(ignored)}")
+    return policy, tokenizer, directory
 
 
 # Of generation_config.json: what does not change what is said.
 NO_SAMPLING = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config",
                "max_length", "max_new_tokens", "use_cache")
+
+def load_reward_model(args, device):
+    model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device, args.chat_template_kwargs)
+    if args.preset != "toy":
+        check_length(read_config(directory), directory, args.max_length)
+    return model, tokenizer, directory
 
 
 # ------------------------------------------------------------------------- files that a second run of a command goes on
@@ -835,9 +841,7 @@ def sample(args):
         fingerprint = None
         prompts, digest = load_prompts(args, tokenizer=None, vocab_size=None)
     else:
-        policy, tokenizer, directory = load_by_flags(args.model, CausalLM, args, device)
-        check_room(policy.config, directory, args.max_prompt_length + args.max_new_tokens, args)
-        warn_of_sampling_config(directory)
+        policy, tokenizer, directory = load_policy(args.model, args, device)
         fingerprint = model_fingerprint(directory)
         stops = sorted(stop_ids(tokenizer))
         prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy.config.vocab_size))
@@ -907,8 +911,7 @@ def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    reward_model, tokenizer, directory = load_by_flags(args.rm, RewardModel, args, device)
-    check_room(read_config(directory), directory, args.max_length, args)
+    reward_model, tokenizer, directory = load_reward_model(args, device)
     vocab_size = reward_model.model.embed_tokens.num_embeddings
     samples = read_samples(args.samples)
     provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
@@ -992,11 +995,8 @@ Evaluation = namedtuple("Evaluation", "run path name weights step epoch row_exis
 def golden(args):
     """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    reward_model, rm_tokenizer, rm_directory = load_by_flags(args.rm, RewardModel, args, device)
-    ref, tokenizer, ref_directory = load_by_flags(args.ref, CausalLM, args, device)
-    check_room(read_config(rm_directory), rm_directory, args.max_length, args)
-    check_room(ref.config, ref_directory, args.max_prompt_length + args.max_new_tokens, args)
-    warn_of_sampling_config(ref_directory)
+    reward_model, rm_tokenizer, rm_directory = load_reward_model(args, device)
+    ref, tokenizer, ref_directory = load_policy(args.ref, args, device)
     stops = sorted(stop_ids(tokenizer))
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
     if not all(prompt.references for prompt in prompts):
@@ -1004,6 +1004,7 @@ def golden(args):
     protocol = {name: getattr(args, name) for name in PROTOCOL}
     if args.chat_template_kwargs:
         protocol["chat_template_kwargs"] = args.chat_template_kwargs
+    # Rows are known by what they were made of and how; where any of it differs, they are other rows in the same file.
     made_of = dict(rm=model_fingerprint(rm_directory), ref=model_fingerprint(ref_directory), prompts=digest)
     settings = hashlib.sha256(json.dumps([protocol, made_of]).encode()).hexdigest()[:12]
     evaluations, failures = on_rank_0(lambda: find_work(args, ref_directory, made_of["ref"], settings))
@@ -1019,6 +1020,7 @@ def golden(args):
         return score(reward_model, [x for x, _ in ids], [ys for _, ys in ids], places, args, known, desc)
 
     if evaluations:
+        # Before anything is sampled: a prompt that the reward model cannot read would stop every checkpoint.
         prompts = leave_out_refused(prompts, rm_tokenizer, vocab_size, args)
         references = {}
         reference_rewards = rate(prompts, [prompt.references for prompt in prompts], references, "references")
@@ -1031,7 +1033,7 @@ def golden(args):
                 known = dict(references)
                 policy = ref
                 if evaluation.step > 0:
-                    policy, _, _ = load_by_flags(str(evaluation.path), CausalLM, args, device)
+                    policy, _, _ = load_model(str(evaluation.path), CausalLM, args.precision, device)
                 if policy.config.vocab_size != ref.config.vocab_size:
                     raise UserError(f"its vocabulary has {policy.config.vocab_size} tokens, that of --ref"
                                     f" {ref.config.vocab_size}")
@@ -1088,6 +1090,7 @@ def find_work(args, ref_directory, ref_fingerprint, settings):
     for run in map(Path, dict.fromkeys(args.runs)):
         try:
             header = read_header(run)
+            # KL and win rate are of the policy against what it was trained to stay near, and step 0 is that reference.
             if header.get("ref") != ref_fingerprint:
                 trained_with = header["args"].get("ref") or header["args"].get("model")
                 raise UserError(f"{run} was trained against another reference: {trained_with}, fingerprint"
@@ -1148,7 +1151,7 @@ def samples_file(run, settings, name):
 
 def write_evaluation(evaluation, row, samples):
     """A checkpoint's row, last, and before it its samples, unless they are None."""
-    if samples is not None:
+    if samples is not None:  # first: a row whose samples lack would be taken for done
         path = samples_file(evaluation.run, row["settings"], evaluation.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, samples)
@@ -1234,9 +1237,7 @@ def bench(args):
     """Answers to the questions of AlpacaEval 2 or MT-Bench, in their formats; what turn N says, in OUT.turnN.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    policy, tokenizer, directory = load_by_flags(args.model, CausalLM, args, device)
-    check_room(policy.config, directory, args.max_prompt_length + args.max_new_tokens, args)
-    warn_of_sampling_config(directory)
+    policy, tokenizer, directory = load_policy(args.model, args, device)
     stops = sorted(stop_ids(tokenizer))
     skipped = {}
     cut = {}
@@ -1382,86 +1383,95 @@ def request_seed(seed, prompt, j):
     return int(digest[:8], 16) >> 1
 
 
-def connect(args):
-    """-> the openai client of args.api, and the key, which is read from the environment and goes nowhere else. Raises
-    UserError."""
-    try:
-        import openai
-    except ImportError:
-        raise UserError("asking a model through --api needs `pip install openai`") from None
-    if not re.fullmatch(r"https?://[^@?#\s]+", args.api):  # not repeated here: it may hold a password
-        raise UserError("--api: want http(s)://HOST[:PORT]/PATH without credentials, such as http://localhost:8000/v1")
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-is-set"  # a local server wants none
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY: a key has plain letters only")
-    # Redirects are not followed: prompts are for the host that was named.
-    http = openai.DefaultHttpxClient(follow_redirects=False)
-    return openai.OpenAI(api_key=key, base_url=args.api, http_client=http, **PATIENCE), key
+class Server:
+    """An OpenAI-compatible server at args.api. The key is read from the environment and goes nowhere else. Raises
+    UserError where it cannot be asked."""
 
+    def __init__(self, args):
+        try:
+            import openai
+        except ImportError:
+            raise UserError("asking a model through --api needs `pip install openai`") from None
+        if not re.fullmatch(r"https?://[^@?#\s]+", args.api):  # not repeated here: it may hold a password
+            raise UserError("--api: want http(s)://HOST[:PORT]/PATH without credentials, such as"
+                            " http://localhost:8000/v1")
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-is-set"  # a local server wants none
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise UserError("OPENAI_API_KEY: a key has plain letters only")
+        self.url = args.api
+        # A judge without temperature 0 judges still; a sample of another temperature is another sample.
+        self.other_names = dict(OTHER_NAMES)
+        if args.command == "sample":
+            del self.other_names["temperature"]
+        self.renamed = set()  # parameters that this server has taken under their other names
+        # Redirects are not followed: prompts are for the host that was named.
+        http = openai.DefaultHttpxClient(follow_redirects=False)
+        self.client = openai.OpenAI(api_key=self.key, base_url=args.api, http_client=http, **PATIENCE)
+        # What a request may fail with; after the first two, what a proxy's page, cut or deeply nested JSON leads to.
+        self.failures = (openai.APIError, TimeoutError, json.JSONDecodeError, AttributeError, LookupError, TypeError,
+                         RecursionError)
 
-def refused_parameter(error, request):
-    """The parameter of a request that a server does not know, of those with OTHER_NAMES, or None."""
-    words = str(error)
-    for parameter in OTHER_NAMES:
-        if parameter in request and re.search(rf"\b{parameter}\b", words) and re.search(r"(?i)support|recogni", words):
-            return parameter
-    return None
+    def redact(self, words):
+        """Cut the key out, which some servers quote. `x` or `EMPTY`, as people set for a local one, is no secret."""
+        return words.replace(self.key, "[key]") if len(self.key) > 15 else words
 
-
-def ask_all(items, args):
-    """Send all requests of items (what it is for, its requests), one after another, of args.concurrency items at a
-    time; yield (what for, replies), and send no more until that is kept: never are more replies paid for and not kept.
-    Repeating is the openai client's business. A reply: text, finish_reason, tokens (None if the server does not say)
-    and model, in which a key that a server quotes is cut out.
-
-    Raises UserError: at once where the server refuses whatever is asked (a wrong key, model or address), at the end
-    where requests failed, which are counted; the others are asked nevertheless."""
-    client, key = connect(args)
-    import openai
-
-    renamed = set()  # parameters that this server has taken under their other names
-
-    def redact(words):
-        return words.replace(key, "[key]") if len(key) > 15 else words  # `x` or `EMPTY` is no secret
-
-    def create(request):
-        endpoint = client.chat.completions if "messages" in request else client.completions
-        tried = set(renamed)
-        while True:
-            asked = dict(request)
-            for parameter in tried & asked.keys():
-                value = asked.pop(parameter)
-                if OTHER_NAMES[parameter]:
-                    asked[OTHER_NAMES[parameter]] = value
-            try:
-                answer = endpoint.create(**asked)
-            except openai.BadRequestError as error:
-                parameter = refused_parameter(error, asked)
-                # A judge without temperature 0 judges still; a sample of another temperature is another sample.
-                if parameter is None or parameter == "temperature" and args.command == "sample":
-                    raise
-                tried.add(parameter)
-                continue
-            for parameter in tried - renamed:
-                print_rank0(f"{args.api} does not take {parameter}: asked {OTHER_NAMES[parameter] or 'without it'}")
-            renamed.update(tried)
-            return answer
-
-    def ask(request):
-        answer = create(request)
+    def ask(self, request):
+        """-> reply: text, finish_reason, model, and tokens or None. Repeating is the openai client's business."""
+        answer = self.create(request)
         choice = answer.choices[0]
         text = choice.message.content if "messages" in request else choice.text
         if not isinstance(text, str):
             raise TypeError(f"the reply's content is no text but {text!r:.80}")
         reason = choice.finish_reason
         tokens = answer.usage.completion_tokens if answer.usage else None
-        return dict(text=redact(text), finish_reason=redact(reason) if isinstance(reason, str) else None,
-                    model=redact(str(answer.model or "")), tokens=tokens if isinstance(tokens, int) else None)
+        return dict(text=self.redact(text), finish_reason=self.redact(reason) if isinstance(reason, str) else None,
+                    model=self.redact(str(answer.model or "")), tokens=tokens if isinstance(tokens, int) else None)
+
+    def create(self, request):
+        """Send it, in the form that the server takes, see OTHER_NAMES."""
+        endpoint = self.client.chat.completions if "messages" in request else self.client.completions
+        tried = set(self.renamed)
+        while True:  # until it is taken, or refused for something else
+            asked = dict(request)
+            for parameter in tried & asked.keys():
+                value = asked.pop(parameter)
+                if self.other_names[parameter]:
+                    asked[self.other_names[parameter]] = value
+            try:
+                answer = endpoint.create(**asked)
+            except self.failures as error:
+                parameter = self.unknown_parameter(error, asked)
+                if parameter is None:
+                    raise
+                tried.add(parameter)
+                continue
+            for parameter in tried - self.renamed:
+                print_rank0(f"{self.url} does not take {parameter}: asked {OTHER_NAMES[parameter] or 'without it'}")
+            self.renamed |= tried
+            return answer
+
+    def unknown_parameter(self, error, asked):
+        """The parameter that a refusal says the server does not know, of those with another name, or None."""
+        words = str(error)
+        if getattr(error, "status_code", None) == 400 and re.search(r"(?i)support|recogni", words):
+            for parameter in self.other_names:
+                if parameter in asked and re.search(rf"\b{parameter}\b", words):
+                    return parameter
+        return None
+
+
+def ask_all(items, args):
+    """Send all requests of items (what it is for, its requests), one after another, of args.concurrency items at a
+    time; yield (what for, replies), and send no more until that is kept: never are more replies paid for and not kept.
+
+    Raises UserError: at once where the server refuses whatever is asked (a wrong key, model or address), at the end
+    where requests failed, which are counted; the others are asked nevertheless."""
+    server = Server(args)
 
     def ask_in_turn(requests):
-        return [ask(request) for request in requests]
+        return [server.ask(request) for request in requests]
 
-    unsent = iter(tqdm(items, disable=None))
+    unsent = iter(tqdm(items, disable=None))  # with a bar on a terminal
     running = {}  # future: (what it is for, when it is given up)
     failures = []
     n_answered = 0
@@ -1486,14 +1496,13 @@ def ask_all(items, args):
                     yield what, future.result()
                     n_answered += 1
                     in_a_row = 0
-                # APIError and time-outs apart: what a proxy's page, cut or deeply nested JSON leads to.
-                except (openai.APIError, json.JSONDecodeError, AttributeError, LookupError, TypeError, RecursionError,
-                        TimeoutError) as error:
-                    why = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
+                except server.failures as error:
+                    why = server.redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
                     failures.append(f"{why} ({name_of(what)})")
                     status = getattr(error, "status_code", 500)
                     if status < 500 and status not in (*REFUSES_THIS_ONE, *NOT_THIS_TIME):
                         raise UserError(f"{args.api} refuses a request: {why}") from None
+                    # A stretch of prompts that a filter refuses is no sign that the server is down.
                     if status not in REFUSES_THIS_ONE or n_answered == 0:
                         in_a_row += 1
     finally:  # Ctrl-C, or a request refused: do not wait for what is under way
@@ -1687,8 +1696,8 @@ BARS = "bars: one standard error over seeds, of one run over prompts"
 BANDS = "; bands: 95% of fits to seeds drawn with replacement"
 TABLE_NOTE = """
 Mean ± standard error over n seeds, of one run over prompts; win rates by the {judge} in %, √KL in √nats, lengths in
-tokens. The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
-effective sample size of the weights over the step's pairs, median of the last tenth of the steps.
+tokens. The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward.
+ESS share: effective sample size of the weights over the step's pairs, median of the last tenth of the steps.
 """
 METHOD = ["beta", "lr", "loss"]
 SETTING = [*METHOD, "log_eps"]
@@ -1712,6 +1721,7 @@ def read_run(directory):
             raise UserError(f"{metrics}:1: {name} is {args.get(name)!r:.40}: want a number")
     steps = []
     for where, line in read_whole_lines(metrics)[1:]:
+        # Reversed or doubled lines would give other figures without a word.
         if line.get("step") != len(steps) + 1:
             raise UserError(f"{where}: step {line.get('step')!r:.40} where {len(steps) + 1} should stand: lines are"
                             " missing, doubled, out of order or not of this log: restore the file")
@@ -1748,7 +1758,7 @@ def golden_points(directory, last_step):
             raise UserError(f"{where}: {measures | errors} must be numbers, with `settings`: delete {path} and run"
                             f" {remedy}")
         points = of_settings.pop(row["settings"], {})
-        of_settings[row["settings"]] = points
+        of_settings[row["settings"]] = points  # now the last
         in_percent = {name: row[name] and 100 * row[name] for name in ("win_rate", "win_rate_se") if name in row}
         points[row["step"]] = row | in_percent
     usable = [settings for settings, points in of_settings.items() if 0 in points and len(points) > 1]
