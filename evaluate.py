@@ -19,6 +19,7 @@ completions a prompt. A response ends with its stop: the token, EOS or what the 
 policy said; samples keep it apart from the text (`stops`; null: cut at --max_new_tokens), and no judge sees it.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -44,12 +45,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from plumbing.checkpoint import find_model, model_fingerprint, load_weights
-from plumbing.data import (SkipRow, apply_template, assistant_stop_id, count_skip, describe_skips, encode, encode_after,
-                           finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows, render_chat, require_known,
-                           stop_ids, text_begin, wrong_types)
-from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, print_rank0,
-                              read_json, run_main, write_atomically)
-from plumbing.run import Parser, check_ranges, json_object
+from plumbing.data import (SkipRow, apply_template, assistant_stop_id, begins_with_a_space, count_skip, describe_skips,
+                           encode, encode_after, finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows,
+                           render_chat, require_known, stop_ids, text_begin, text_messages, wrong_types)
+from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, parse_json,
+                              print_rank0, read_json, read_text, run_main, to_json, write_atomically, write_text)
+from plumbing.run import Parser, check_ranges, json_object, open_tracker
 
 
 # --------------------------------------------------------------------------------------------------- the estimators
@@ -168,15 +169,21 @@ def next_tokens(logits, uniform, temperature, top_p):
     total = cumulative[:, -1:]
     # Below the total, also where uniform * total is rounded up to it: no token of probability 0 is drawn.
     point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    index = torch.searchsorted(cumulative, point, right=True)
+    # NaN lies beyond every column; generate() refuses it once all is drawn, without waiting for the device each token.
+    index = torch.searchsorted(cumulative, point, right=True).clamp(max=probs.shape[1] - 1)
     if order is not None:
         index = order.gather(1, index)
     return index[:, 0]
 
 
+NO_TOKEN = -1  # after the end of a completion
+NOT_FINITE = -2
+
+
 @torch.no_grad()
 def generate(policy, prompts, uniform, temperature, top_p, stops):
-    """k completions of each of B prompts (lists of ids) -> ids [B][k], each with its stop token if it came to one.
+    """k completions of each of B prompts (lists of ids) -> ids [B][k], each with its stop token if it came to one; None
+    for one that was drawn from logits that are not finite (an id's own may be -inf: it is never drawn).
 
     uniform (B, k, n): the random numbers; n tokens at most. A row of the cache holds [prompt | first tokens of the k
     completions | their second tokens | ...]: the prompt is computed and kept once, and segments keep the completions
@@ -193,12 +200,16 @@ def generate(policy, prompts, uniform, temperature, top_p, stops):
     logits = policy.logits(hidden.flatten(0, 1)[batch["predict"]]).repeat_interleave(k, dim=0)
     stops = torch.tensor(stops, device=device)
     segments = torch.arange(1, k + 1, device=device)
-    tokens = torch.full((B, k, n), -1, device=device)
+    tokens = torch.full((B, k, n), NO_TOKEN, device=device)
     ended = torch.zeros(B, k, dtype=torch.bool, device=device)
+    broken = torch.zeros(B, k, dtype=torch.bool, device=device)
     running = torch.arange(B, device=device)  # the prompts that rows of the cache belong to
     for t in range(n):
+        # The largest is NaN if any is; of one that has ended the logits do not matter.
+        not_finite = ~logits.amax(-1).isfinite().view(-1, k)
+        broken[running] |= not_finite & ~ended[running]
         new = next_tokens(logits, uniform[running, :, t].flatten(), temperature, top_p).view(-1, k)
-        tokens[running, :, t] = new.where(~ended[running], -1)
+        tokens[running, :, t] = new.where(~ended[running], NO_TOKEN)
         ended[running] |= torch.isin(new, stops)
         goes_on = ~ended[running].all(dim=1)
         left = goes_on.sum().item()
@@ -211,7 +222,11 @@ def generate(policy, prompts, uniform, temperature, top_p, stops):
         positions = (lengths[running, None] + t).expand(-1, k)
         hidden = cached_forward(policy.model, new, positions, segments.expand(len(running), k), cache)
         logits = policy.logits(hidden.flatten(0, 1))
-    return [[[token for token in ids if token >= 0] for ids in completions] for completions in tokens.tolist()]
+    found = []
+    for of_prompt in tokens.masked_fill(broken[..., None], NOT_FINITE).tolist():
+        cut = [[token for token in ids if token != NO_TOKEN] for ids in of_prompt]
+        found.append([None if NOT_FINITE in ids else ids for ids in cut])
+    return found
 
 
 def rounds_of_rank(lengths, size, desc):
@@ -224,17 +239,23 @@ def rounds_of_rank(lengths, size, desc):
 
 
 def completions(policy, prompts, args, *, k, temperature, top_p, stops, desc):
-    """Generate for all prompts (ids); yield [(index of the prompt, ids of its k completions)] a round, on every
-    rank."""
-    lengths = [len(prompt) for prompt in prompts]
+    """Generate for all prompts; yield [(index of the prompt, ids of its k completions)] a round, on every rank. Raises
+    UserError, on every rank, where the policy gives logits that are not finite."""
+    lengths = [len(prompt.ids) for prompt in prompts]
     for mine in rounds_of_rank(lengths, args.batch_size // k, desc):
         ids = []
         if mine:
-            uniform = torch.stack([uniform_numbers(prompts[i], k, args.max_new_tokens, args.seed) for i in mine])
-            ids = generate(policy, [prompts[i] for i in mine], uniform, temperature, top_p, stops)
+            asked = [prompts[i].ids for i in mine]
+            uniform = torch.stack([uniform_numbers(prompt, k, args.max_new_tokens, args.seed) for prompt in asked])
+            ids = generate(policy, asked, uniform, temperature, top_p, stops)
         of_ranks = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, list(zip(mine, ids)))
-        yield list(itertools.chain.from_iterable(of_ranks))
+        finished = list(itertools.chain.from_iterable(of_ranks))
+        broken = [prompts[i].index for i, ys in finished if None in ys]
+        if broken:
+            raise UserError(f"{policy.config.name_or_path}: its logits are not finite (NaN or inf), first for row"
+                            f" {min(broken)} of the data: {NOT_FINITE_REMEDY}")
+        yield finished
 
 
 # ------------------------------------------------------------------------------------------- rewards and divergence
@@ -254,6 +275,18 @@ def response_rows(prompts, responses):
             segments += [number] * len(y)
         rows.append((tokens, positions, segments))
     return rows, places
+
+
+def predicted_tokens(prompts, places):
+    """Of response_rows: (row, column) of the token before each response token, and those tokens. A response's first
+    follows its prompt's last, wherever it stands in the row."""
+    predict = []
+    targets = []
+    for row, start, y in places:
+        predict.append((row, len(prompts[row]) - 1))
+        predict += [(row, start + t) for t in range(len(y) - 1)]
+        targets += y
+    return predict, targets
 
 
 def compute_in_batches(compute, prompts, responses, *, columns, batch_size, desc):
@@ -279,9 +312,11 @@ def rewards(reward_model, prompts, responses):
     return reward_model(**batch_tensors(rows, predict, device_of(reward_model)))
 
 
-def score(reward_model, prompts, responses, args, known, desc):
-    """Rewards of responses (ids, [n][k]), a float64 vector a prompt. Each different (prompt, response) is computed once
-    and noted in `known`: in another batch its last bits would differ, and equal responses would not tie."""
+def score(reward_model, prompts, responses, places, args, known, desc):
+    """Rewards of responses (ids, [n][k]), a float64 vector a prompt, to 9 decimals: what follows depends on the batch,
+    also in fp64. Each different (prompt, response) is computed once and noted in `known`: in another batch its last
+    bits would differ, and equal responses would not tie. `places` say where the prompts stand. Raises UserError where
+    a reward is not finite."""
     keys = [[(tuple(prompt), tuple(y)) for y in ys] for prompt, ys in zip(prompts, responses)]
     unknown = {}  # prompt: its responses, in order, each once
     for x, y in itertools.chain.from_iterable(keys):
@@ -296,7 +331,20 @@ def score(reward_model, prompts, responses, args, known, desc):
     for (x, ys), values in zip(unknown.items(), computed):
         for y, reward in zip(ys, values[:, 0].tolist()):
             known[x, y] = reward
-    return [torch.tensor([known[key] for key in of_prompt], dtype=torch.float64) for of_prompt in keys]
+    found = [torch.tensor([known[key] for key in of_prompt], dtype=torch.float64) for of_prompt in keys]
+    refuse_not_finite(found, f"{args.rm}: the reward", places)
+    return [of_prompt.round(decimals=9) for of_prompt in found]
+
+
+NOT_FINITE_REMEDY = "its weights are broken, or --precision is too low for them"
+
+
+def refuse_not_finite(values, what, places):
+    """Raise UserError, naming the first place, where a tensor of values, one a prompt, holds NaN or inf: it would pass
+    for a figure, as it neither wins nor loses."""
+    for of_prompt, place in zip(values, places):
+        if not of_prompt.isfinite().all():
+            raise UserError(f"{what} is not finite (NaN or inf), first at {place}: {NOT_FINITE_REMEDY}")
 
 
 @torch.no_grad()
@@ -305,12 +353,7 @@ def divergences(policy, ref, prompts, responses):
     log ref(y), k1 -> (S, 2), nats. Both estimate KL(pi || ref) if the responses are drawn from pi at temperature 1,
     top-p 1."""
     rows, places = response_rows(prompts, responses)
-    predict = []  # a response's first token follows its prompt's last, wherever it stands in the row
-    targets = []
-    for row, start, y in places:
-        predict.append((row, len(prompts[row]) - 1))
-        predict += [(row, start + t) for t in range(len(y) - 1)]
-        targets += y
+    predict, targets = predicted_tokens(prompts, places)
     batch = batch_tensors(rows, predict, device_of(policy), targets=targets)
     hidden = []
     for model in (policy, ref):
@@ -326,6 +369,30 @@ def divergences(policy, ref, prompts, responses):
         steps.append(torch.stack([step_kl(policy_logits, ref_logits), ratios.gather(1, y[:, None])[:, 0]], dim=1))
     lengths = [len(y) for _, _, y in places]
     return torch.stack([part.sum(0) for part in torch.cat(steps).double().split(lengths)])
+
+
+@torch.no_grad()
+def sampler_logps(policy, prompts, responses, temperature, top_p):
+    """Log-prob of each response in turn, its stop included, under the distribution that `next_tokens` draws from
+    (temperature > 0, top_p) -> (S, 1), nats: the denominator of an importance weight; -inf for what it never draws."""
+    rows, places = response_rows(prompts, responses)
+    predict, targets = predicted_tokens(prompts, places)
+    batch = batch_tensors(rows, predict, device_of(policy), targets=targets)
+    hidden = policy.model(batch["ids"], batch["positions"], batch["segments"]).flatten(0, 1)[batch["predict"]]
+    size = max(1, 2**25 // policy.config.vocab_size)  # in pieces: logits of all steps at once would be gigabytes
+    steps = []
+    for x, y in zip(hidden.split(size), batch["targets"].split(size)):
+        probs = (policy.logits(x).double() / temperature).softmax(-1)
+        drawn = probs.gather(1, y[:, None])[:, 0]
+        if top_p < 1:
+            # Kept are tokens before which less than top_p stands; equally likely ones in the order of a sort.
+            top, order = probs.sort(descending=True)
+            kept = top.cumsum(-1) - top < top_p
+            is_kept = (kept & (order == y[:, None])).any(-1)
+            drawn = torch.where(is_kept, drawn / (top * kept).sum(-1), 0.0)
+        steps.append(drawn.log())
+    lengths = [len(y) for _, _, y in places]
+    return torch.stack([part.sum() for part in torch.cat(steps).split(lengths)])[:, None]
 
 
 def device_of(model):
@@ -363,10 +430,10 @@ def parse_args(argv=None):
 
     models = "sample label golden bench"
     add("golden plot", "runs", nargs="+", metavar="RUN", help="--out of train_pref.py; plot: evaluated by golden")
-    add("sample bench", "--model", help="policy: model directory or Hub id; with --api the server's name (preset)")
-    add("label golden", "--rm", help="reward model: what train_rm.py wrote, or a Hub id (preset)")
-    add("golden", "--ref", help="reference policy, for the KL and as step 0: model directory or Hub id (preset)")
-    add("sample golden", "--data", help="prompts and reference responses: a file, recipe or Hub id (preset)")
+    add("sample bench", "--model", help="policy: model directory or Hub id; with --api the server's name")
+    add("label golden", "--rm", help="reward model: what train_rm.py wrote, or a Hub id")
+    add("golden", "--ref", help="reference policy, for the KL and as step 0: model directory or Hub id")
+    add("sample golden", "--data", help="prompts and reference responses: a file, recipe or Hub id")
     add("label judge", "--samples", required=True, help="what `sample` wrote (judge --mt_bench: what `bench` wrote)")
     add("judge", "--against", help="the same prompts' completions to compare with (None: with the first reference)")
     add("judge", "--mt_bench", metavar="DIR", help="grade MT-Bench answers by FastChat's fastchat/llm_judge/data")
@@ -381,34 +448,41 @@ def parse_args(argv=None):
     add("golden", "--keep_samples", action="store_true", help="write what was said to RUN/golden_samples/")
     add("label", "--noise", choices=["none", "bt"], default="none", help="none: chosen is the better one; bt: with"
         " probability sigmoid(difference of rewards), as people would")
+    add("label", "--pairs", choices=["best_worst", "random"], default="best_worst", help="which two of a prompt's"
+        " completions: of more than two the best and the worst are no draws of their policy; random ones are")
     add("bench", "--template", choices=["chat", "hh"], default="chat", help="the tokenizer's, or HH's plain dialogue")
-    add("sample golden", "--n", type=int, help="prompts: the first n different ones (preset)")
+    add("sample golden", "--n", type=int, help="prompts: the first n different ones")
     add("sample golden", "--k", type=int, default=2, help="completions a prompt")
     draw = "sample golden bench"
     add(draw, "--temperature", type=float, default=0.7, help="0: likeliest token (golden's KL 1; mt_bench by category)")
     add(draw, "--top_p", type=float, default=0.95, help="mass of the likeliest tokens (golden's KL, bench: 1)")
-    add(draw, "--max_new_tokens", type=int, help="tokens of a completion at most (preset; bench: 1024)")
-    commands["bench"].set_defaults(temperature=None, top_p=1.0, max_new_tokens=1024)
-    add("label golden", "--max_length", type=int, help="tokens of prompt + response that are scored (preset)")
-    add(models, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end (preset)")
+    add(draw, "--max_new_tokens", type=int, help="tokens of a completion at most")
+    add("label golden", "--max_length", type=int, help="tokens of prompt + response that are scored")
+    add(models, "--max_prompt_length", type=int, help="tokens of the prompt at most: it keeps its end")
     add(models, "--batch_size", type=int, default=64, help="completions a rank at a time: less takes less memory")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     add(models, "--precision", choices=["bf16", "fp32", "fp64"], default=precision, help="of weights and products")
     add(models, "--chat_template_kwargs", type=json_object, metavar="JSON", help="given to the chat template, as"
         ' {"enable_thinking": false}')
-    add(models, "--preset", choices=list(PRESETS), help="defaults (None: toy, or paper if a model or data is given)")
-    add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice (preset)")
+    add(models, "--preset", choices=list(PRESETS), help="defaults: toy, or paper if a model or data is given")
+    add(models, "--threads", type=int, help="CPU threads a rank; 0: torch's own choice")
     add(models, "--timeout", type=int, default=1800, help="seconds after which a rank that hangs ends the run")
     add(models + " judge", "--seed", type=int, default=0, help="of all that is drawn; judge: of who is A")
 
+    # A preset's values are defaults, which --help shows too: it is looked for first. Whose model or data it is not gets
+    # the paper's, as in the trainers.
+    chooser = Parser(add_help=False)
+    for flag in ("preset", "model", "ref", "rm", "data"):
+        chooser.add_argument(f"--{flag}")
+    given = vars(chooser.parse_known_args(argv)[0])
+    preset = given.pop("preset") or ("paper" if any(given.values()) else "toy")
+    for name in models.split():
+        flags = {action.dest for action in commands[name]._actions}
+        values = {flag: value for flag, value in PRESETS.get(preset, {}).items() if flag in flags}
+        commands[name].set_defaults(**values | dict(preset=preset))
+    commands["bench"].set_defaults(temperature=None, top_p=1.0, max_new_tokens=1024)
     args = parser.parse_args(argv)
     values = vars(args)
-    if "preset" in values:
-        of_ones_own = any(values.get(flag) for flag in ("model", "ref", "rm", "data"))
-        args.preset = args.preset or ("paper" if of_ones_own else "toy")
-        for flag, value in PRESETS[args.preset].items():
-            if flag in values and values[flag] is None:
-                values[flag] = value
     for flag in ["api"] if args.command == "judge" else ["model", "ref", "rm", "data"]:
         if flag in values and not values[flag]:
             parser.error(f"--{flag} is missing")
@@ -426,64 +500,91 @@ def parse_args(argv=None):
 
 # ------------------------------------------------------------------------------------------------ prompts and texts
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can hold half of a pair, no tokenizer takes it
-# A prompt to answer. index: its row in the data; text: with --api also a list of messages; ids; references: the data's
-# responses to it, (text, stop) each.
-Prompt = namedtuple("Prompt", "index text ids references")
+# A prompt to answer. index: its row in the data; content: a text or a conversation, a list of messages; tools: what its
+# chat template is given besides, or None; ids: by the policy's tokenizer (None with --api); references: the data's
+# responses to it, (text, stop) each, like completions. A conversation stays one in all files: each model and judge that
+# reads it renders it in its own way.
+Prompt = namedtuple("Prompt", "index content tools ids references")
 
 
 def load_prompts(args, tokenizer, vocab_size):
-    """-> the first args.n different prompts of args.data, and their sha256. tokenizer None: no ids, and conversations
-    stay lists of messages. Rows of one prompt are one: their responses are all references. Raises UserError."""
+    """-> the first args.n different prompts of args.data, and their sha256. tokenizer None: without ids. Rows of one
+    prompt are one: their responses are all references. Raises UserError."""
     n_rows = 0
-    prompts = {}  # by their text
+    prompts = {}  # by what they say
     skipped = {}
     cut = {}
+    unread = {}  # columns, in the order in which they come
     for n_rows, (where, row) in enumerate(read_rows(args.data, True, RECIPES), 1):
         try:
-            text, reference, rendered = read_prompt(row, tokenizer)
-            key = json.dumps(text)
+            content, tools, reference, columns = read_prompt(row)
+            key = json.dumps([content, tools])
             if key not in prompts:
                 if len(prompts) == args.n:
                     raise SkipRow("beyond --n")
-                ids = tokenizer and prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where)
-                prompts[key] = Prompt(n_rows - 1, text, ids, references=[])
+                ids = None
+                if tokenizer is not None:
+                    text = render_prompt(tokenizer, content, tools, args.model if "model" in args else args.ref)
+                    ids = prompt_ids(text, isinstance(content, list), tokenizer, vocab_size, args, cut, where)
+                prompts[key] = Prompt(n_rows - 1, content, tools, ids, references=[])
             if reference and reference not in prompts[key].references:
                 prompts[key].references.append(reference)
+            for column, value in row.items():
+                if value is not None and column not in columns:
+                    unread[column] = True
         except SkipRow as skip:
             count_skip(skipped, str(skip), where)
     report = (f"{args.data}: {len(prompts)} prompts of {n_rows} rows; skipped: {describe_skips(skipped)}; cut:"
               f" {describe_skips(cut)}")
+    if unread:
+        report += f"; columns not read: {', '.join(unread)}"
     if not prompts:
         raise UserError(f"no usable prompts in {report}")
     print_rank0(report)
-    texts = [[prompt.index, prompt.text, prompt.references] for prompt in prompts.values()]
-    return list(prompts.values()), hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    contents = []
+    for prompt in prompts.values():
+        contents.append([prompt.index, prompt.content, prompt.references] + ([prompt.tools] if prompt.tools else []))
+    return list(prompts.values()), hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
-def read_prompt(row, tokenizer):
-    """A data row -> prompt, (text, stop) of its response or None, and whether a template rendered them. Raises
-    SkipRow."""
-    without_response = isinstance(row.get("prompt"), (str, list))
-    without_response = without_response and not {"chosen", "completion", "messages"} & row.keys()
-    if without_response:
-        text = row["prompt"]
+def read_prompt(row):
+    """A data row -> prompt (a text, or a list of messages), tools or None, (text, stop) of its response or None, and
+    the columns that were read. The stop is "": how the response ends is for its reader to say. Raises SkipRow."""
+    if isinstance(row.get("prompt"), (str, list)) and not {"chosen", "completion", "messages"} & row.keys():
+        prompt = row["prompt"]
         response = ""
+        columns = ("prompt",)
     else:
-        text, response, _ = split_demonstration(row)
-    stop = ""
-    rendered = isinstance(text, list)
-    if isinstance(text, list) and tokenizer is None:
-        response = response and isinstance(response[0], dict) and response[0].get("content") or ""
-    elif isinstance(text, list) and without_response:
-        text = apply_template(tokenizer, text, row.get("tools"), add_generation_prompt=True)
-    elif isinstance(text, list):
-        text, response = render_chat(tokenizer, text, response, row.get("tools"))
-        stop = next((stop for stop in stop_texts(tokenizer) if response.endswith(stop)), "")
-    if not text:
+        prompt, response, columns = split_demonstration(row)
+    if not prompt:
         raise SkipRow("empty prompt")
-    if LONE_SURROGATE.search(json.dumps([text, response], ensure_ascii=False)):
+    if isinstance(prompt, list):
+        prompt = text_messages(prompt)
+    if isinstance(response, list):
+        response = text_messages(response)
+        if len(response) != 1 or not isinstance(response[0]["content"], str):
+            raise SkipRow("a response that is not one message of text")
+        response = response[0]["content"]
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise SkipRow("tools that are not JSON") from None
+    if LONE_SURROGATE.search(json.dumps([prompt, tools, response], ensure_ascii=False)):
         raise SkipRow("broken Unicode")
-    return text, (response.removesuffix(stop), stop) if response else None, rendered
+    return prompt, tools, (response, "") if response else None, (*columns, "tools")
+
+
+def render_prompt(tokenizer, content, tools, model):
+    """The text with which `model`, a name, is asked for a response: a conversation goes through its own template.
+    Raises SkipRow where that refuses it, UserError where there is none."""
+    if isinstance(content, str):
+        return content
+    if tokenizer.chat_template is None:
+        raise UserError(f"{model} has no chat template, and the prompts are conversations: take a model with one, or"
+                        " prompts that are texts")
+    return apply_template(tokenizer, content, tools, add_generation_prompt=True)
 
 
 def prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where):
@@ -498,60 +599,95 @@ def prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where):
     return ids
 
 
+SAMPLE_FORMAT = 2  # 1: conversations had gone through the policy's template, and no other model could read them
+
+
 def read_samples(path):
     """-> [("file:line", what `sample` wrote)]; `stops`, `references` may lack: all ended, none. Raises UserError."""
     samples = list(read_jsonl(Path(path)))
     for where, row in samples:
+        if row.get("format") != SAMPLE_FORMAT:
+            raise UserError(f"{where}: no sample of format {SAMPLE_FORMAT}. Older ones hold rendered conversations:"
+                            f" make them anew. In rows of your own write \"format\": {SAMPLE_FORMAT}")
         texts = row.get("completions")
         row.setdefault("references", [])
-        well_formed = isinstance(row.get("prompt"), (str, list)) and are_texts(texts) and texts
-        well_formed = well_formed and are_texts(row["references"])
+        well_formed = are_texts(texts) and texts and are_texts(row["references"])
+        well_formed = well_formed and is_prompt(row.get("prompt"))
         if not well_formed or len(row.setdefault("stops", [""] * len(texts))) != len(texts):
-            raise UserError(f"{where}: want prompt, completions, references (texts) and stops, as `sample` writes them")
+            raise UserError(f"{where}: want prompt (a text or messages), completions, references (texts) and stops, as"
+                            " `sample` writes them")
         if LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
             raise UserError(f"{where}: half of a surrogate pair: mend or drop that row")
     return samples
+
+
+def is_prompt(content):
+    """Is it a text or a conversation?"""
+    try:
+        return isinstance(content, str) or len(text_messages(content)) > 0
+    except SkipRow:
+        return False
 
 
 def are_texts(values):
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
+@functools.lru_cache(maxsize=4)  # the template is rendered for it, which would take longer than a row does
 def stop_texts(tokenizer):
-    """{text of a token that may end a response: its id}"""
-    return {tokenizer.decode([token], skip_special_tokens=False): token for token in stop_ids(tokenizer)}
+    """{text of a token that ends a response: its id}"""
+    return {decode(tokenizer, [token]): token for token in sorted(stop_ids(tokenizer))}
+
+
+def decode(tokenizer, ids):
+    """Ids of a completion -> its text as it stands after the prompt, in which special tokens stay to be seen."""
+    as_said = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    before = token_before(tokenizer)
+    return tokenizer.decode(before + ids, **as_said).removeprefix(tokenizer.decode(before, **as_said))
+
+
+@functools.lru_cache(maxsize=4)
+def token_before(tokenizer):
+    """[any id] to decode a completion after, or []: SentencePiece drops the space before the first word it decodes, so
+    that alone " lived" would read "lived", and be other ids after its prompt."""
+    return encode(tokenizer, ["a"])[0][-1:] if begins_with_a_space(tokenizer) else []
 
 
 def completion_text(ids, stops, tokenizer):
-    """-> the text (special tokens stay to be seen), the text of the stop that it came to or None, number of tokens."""
-    as_said = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """-> the text, the text of the stop that it came to or None, number of tokens."""
     if ids[-1] in stops:
-        text = tokenizer.decode(ids[:-1], **as_said)
-        stop = tokenizer.decode(ids[-1:], **as_said)
-    else:
-        text = tokenizer.decode(ids, **as_said)
-        stop = None
-    return text, stop, len(ids)
+        return decode(tokenizer, ids[:-1]), decode(tokenizer, ids[-1:]), len(ids)
+    return decode(tokenizer, ids), None, len(ids)
 
 
-def scored_ids(tokenizer, prompt, texts, stops, vocab_size, args):
-    """A prompt (text or messages), its responses' texts and stops -> their ids, as train_rm.py makes them of a pair:
-    cut alike, each with its stop if it came to one (EOS for one that this tokenizer does not know); an empty response
-    is a stop alone. Raises SkipRow."""
-    known_stops = stop_texts(tokenizer)
-    end = tokenizer.eos_token_id
-    rendered = isinstance(prompt, list)
-    if rendered:
-        prompt = apply_template(tokenizer, prompt, None, add_generation_prompt=True)
-        end = assistant_stop_id(tokenizer)
-    x = prompt_ids(prompt, rendered, tokenizer, vocab_size, args, {}, "")
-    responses = []
-    for y, text, stop in zip(encode_after(tokenizer, [prompt] * len(texts), texts), texts, stops):
+def scored_ids(tokenizer, prompt, tools, responses, vocab_size, args):
+    """A prompt (text or messages) and its responses, (text, stop) each -> their ids, as train_rm.py makes them of a
+    pair, rendered by the reward model's own template and cut alike. A stop of None: it was cut, and has none; any other
+    is the template's own for a conversation, and for a text itself, or EOS where this tokenizer does not know it. An
+    empty response is a stop alone. Raises SkipRow; UserError where a conversation finds no template."""
+    conversation = isinstance(prompt, list)
+    prompt_text = render_prompt(tokenizer, prompt, tools, args.rm)
+    x = prompt_ids(prompt_text, conversation, tokenizer, vocab_size, args, {}, "")
+    stops = stop_texts(tokenizer)
+    end = assistant_stop_id(tokenizer) if conversation else tokenizer.eos_token_id
+    texts = [text for text, _ in responses]
+    if conversation:
+        for k, text in enumerate(texts):
+            if text.strip():
+                _, texts[k] = render_chat(tokenizer, prompt, [dict(role="assistant", content=text)], tools)
+    ys = []
+    for y, (text, stop) in zip(encode_after(tokenizer, [prompt_text] * len(texts), texts), responses):
         require_known(y, vocab_size)
-        if stop is not None or not text:
-            y = y + [known_stops.get(stop, end)]
-        responses.append(y[: args.max_length - len(x)])
-    return x, responses
+        has_stop = len(y) > 0 and y[-1] in stops.values()
+        if stop is None and text:
+            if has_stop and conversation:
+                y = y[:-1]  # the template wrote it, the policy did not come to it
+        elif stop in stops and not conversation:
+            y = y + [stops[stop]]
+        elif not has_stop:
+            y = y + [end]
+        ys.append(y[: args.max_length - len(x)])
+    return x, ys
 
 
 def load_model(name, make, precision, device, chat_template_kwargs=None):
@@ -565,12 +701,28 @@ def load_model(name, make, precision, device, chat_template_kwargs=None):
     return model.eval(), load_tokenizer(directory, chat_template_kwargs), directory
 
 
-def sampling_stops(directory, tokenizer):
-    """The ids that end a completion: EOS, what the chat template ends a turn with, generation_config.json's."""
+def load_by_flags(name, make, args, device):
+    return load_model(name, make, args.precision, device, args.chat_template_kwargs)
+
+
+def check_room(c, directory, length, args):
+    """See check_length. The toy's prompts are far shorter than its preset allows: it needs no warning."""
+    if args.preset != "toy":
+        check_length(c, directory, length)
+
+
+def warn_of_sampling_config(directory):
+    """Say once what else than stops a model's generation_config.json asks for: the flags decide how is sampled."""
     path = directory / "generation_config.json"
-    stops = read_json(path).get("eos_token_id") if path.exists() else None
-    stops = stops if isinstance(stops, list) else [stops]
-    return sorted({tokenizer.eos_token_id, assistant_stop_id(tokenizer), *stops} - {None})
+    config = read_json(path) if path.exists() else {}
+    ignored = [f"{key} {value!r:.40}" for key, value in config.items() if key not in NO_SAMPLING and value is not None]
+    if ignored:
+        print_rank0(f"{path}: ignored, as the flags decide how is sampled: {', '.join(ignored)}")
+
+
+# Of generation_config.json: what does not change what is said.
+NO_SAMPLING = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config",
+               "max_length", "max_new_tokens", "use_cache")
 
 
 # ------------------------------------------------------------------------- files that a second run of a command goes on
@@ -646,7 +798,7 @@ def read_whole_lines(path):
 def append_rows(out, rows):
     """Add JSON lines, on rank 0; on disk when it returns."""
     if dist.get_rank() == 0:
-        with open(out, "a") as file:
+        with open(out, "a", encoding="utf-8") as file:
             file.write(as_lines(rows))
             file.flush()
             os.fsync(file.fileno())
@@ -655,22 +807,22 @@ def append_rows(out, rows):
 def write_once(path, text):
     """A file that is made of finished rows -> " is complete" if it stood there. Raises UserError if it was changed."""
     stood_there = path.exists()
-    if stood_there and path.read_text() != text:
+    if stood_there and read_text(path) != text:
         raise UserError(f"{path} holds something else than this command writes there: choose another --out")
-    write_atomically(path, lambda aside: aside.write_text(text))
+    write_text(path, text)
     return " is complete" if stood_there else ""
 
 
 def as_lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return "".join(to_json(row) + "\n" for row in rows)
 
 
 def write_lines(path, rows):
-    write_atomically(path, lambda aside: aside.write_text(as_lines(rows)))
+    write_text(path, as_lines(rows))
 
 
 def write_json(path, content):
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+    write_text(path, to_json(content, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- sample, label
@@ -683,18 +835,19 @@ def sample(args):
         fingerprint = None
         prompts, digest = load_prompts(args, tokenizer=None, vocab_size=None)
     else:
-        policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device,
-                                                  args.chat_template_kwargs)
+        policy, tokenizer, directory = load_by_flags(args.model, CausalLM, args, device)
+        check_room(policy.config, directory, args.max_prompt_length + args.max_new_tokens, args)
+        warn_of_sampling_config(directory)
         fingerprint = model_fingerprint(directory)
-        stops = sampling_stops(directory, tokenizer)
+        stops = sorted(stop_ids(tokenizer))
         prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, policy.config.vocab_size))
-    provenance = vars(args) | dict(policy=fingerprint, prompts=digest)
+    provenance = vars(args) | dict(policy=fingerprint, prompts=digest, format=SAMPLE_FORMAT)
 
     def compute(lacking):
         if args.api:
             return api_rows(lacking.values(), args)
         return sampled_rows(policy, tokenizer, list(lacking.values()), args, k=args.k, temperature=args.temperature,
-                            stops=stops, desc="sampling")
+                            stops=stops, desc="sampling", with_logps=True)
 
     rows = complete_rows(Path(args.out), provenance, {prompt.index: prompt for prompt in prompts}, compute).values()
     texts = [text for row in rows for text in row["completions"]]
@@ -702,32 +855,60 @@ def sample(args):
     ended = len(stops_said) - stops_said.count(None)
     summary = dict(prompts=len(rows), completions=len(texts), ended=ended, empty=texts.count(""))
     print_rank0(f"{args.out}: {json.dumps(summary)}")
+    print_rank0(f"next: python {HERE}/evaluate.py label --rm REWARD_MODEL --samples {args.out} --out pairs.jsonl")
 
 
-def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, desc):
-    """Yield the rows of prompts with k completions of each, a list a round."""
-    ids = [prompt.ids for prompt in prompts]
-    rounds = completions(policy, ids, args, k=k, temperature=temperature, top_p=args.top_p, stops=stops, desc=desc)
+def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, desc, with_logps=False):
+    """Yield the rows of prompts with k completions of each, a list a round. with_logps: and their sampler's log-probs,
+    None where the distribution has none (temperature 0) or the text, read again, is of other ids."""
+
+    def compute(xs, ys):
+        return sampler_logps(policy, xs, ys, temperature, args.top_p)
+
+    rounds = completions(policy, prompts, args, k=k, temperature=temperature, top_p=args.top_p, stops=stops, desc=desc)
     for finished in rounds:
         rows = []
         for i, ys in finished:
             rows.append(sample_row(prompts[i], [completion_text(y, stops, tokenizer) for y in ys]))
+        if with_logps and temperature > 0:
+            ids = [prompts[i].ids for i, _ in finished]
+            logps = compute_in_batches(compute, ids, [ys for _, ys in finished], columns=1, batch_size=args.batch_size,
+                                       desc="log-probs")
+            for row, (i, ys), of_prompt in zip(rows, finished, logps):
+                row["logps"] = known_logps(tokenizer, prompts[i], row, ys, of_prompt[:, 0].tolist(), args)
         yield rows
+
+
+def known_logps(tokenizer, prompt, row, ys, logps, args):
+    """The log-probs of a row's completions, to a thousandth of a nat (the batch decides what comes after it); None for
+    one whose text a trainer will read as other ids than `ys`, those that were drawn, or that was cut."""
+    prompt_text = render_prompt(tokenizer, prompt.content, prompt.tools, args.model)
+    known = []
+    for text, stop, y, logp in zip(row["completions"], row["stops"], ys, logps):
+        read = text + (stop or "")
+        if isinstance(prompt.content, list) and text.strip():
+            _, read = render_chat(tokenizer, prompt.content, [dict(role="assistant", content=text)], prompt.tools)
+        same = stop is not None and encode_after(tokenizer, [prompt_text], [read])[0] == y
+        known.append(round(min(logp, 0.0), 3) if same and math.isfinite(logp) else None)
+    return known
 
 
 def sample_row(prompt, answers):
     """answers: text, stop and number of tokens of each completion."""
-    return dict(index=prompt.index, prompt=prompt.text, references=[text for text, _ in prompt.references],
-                completions=[text for text, _, _ in answers], stops=[stop for _, stop, _ in answers],
-                n_tokens=[n for _, _, n in answers])
+    row = dict(index=prompt.index, format=SAMPLE_FORMAT, prompt=prompt.content)
+    if prompt.tools:
+        row["tools"] = prompt.tools
+    return row | dict(references=[text for text, _ in prompt.references],
+                      completions=[text for text, _, _ in answers], stops=[stop for _, stop, _ in answers],
+                      n_tokens=[n for _, _, n in answers])
 
 
 def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    reward_model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device,
-                                                    args.chat_template_kwargs)
+    reward_model, tokenizer, directory = load_by_flags(args.rm, RewardModel, args, device)
+    check_room(read_config(directory), directory, args.max_length, args)
     vocab_size = reward_model.model.embed_tokens.num_embeddings
     samples = read_samples(args.samples)
     provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
@@ -735,21 +916,19 @@ def label(args):
 
     def compute(lacking):
         known = {}
-        todo = []  # (index, prompt ids, ids of the responses)
+        todo = []  # (index, where, prompt ids, ids of the responses)
         for index, (where, row) in lacking.items():
             try:
-                ids = scored_ids(tokenizer, row["prompt"], row["completions"], row["stops"], vocab_size, args)
-                todo.append((index, *ids))
+                responses = list(zip(row["completions"], row["stops"]))
+                ids = scored_ids(tokenizer, row["prompt"], row.get("tools"), responses, vocab_size, args)
+                todo.append((index, where, *ids))
             except SkipRow as skip:
                 count_skip(skipped, str(skip), where)
         for start in range(0, len(todo), 1024):
-            indices, prompts, responses = zip(*todo[start : start + 1024])
+            indices, places, prompts, responses = zip(*todo[start : start + 1024])
             desc = f"scoring {start} of {len(todo)}"
-            fresh = []
-            for index, of_prompt in zip(indices, score(reward_model, prompts, responses, args, known, desc)):
-                # To 9 decimals: what follows depends on the batch, also in fp64.
-                fresh.append(dict(index=index, rewards=of_prompt.round(decimals=9).tolist()))
-            yield fresh
+            scores = score(reward_model, prompts, responses, places, args, known, desc)
+            yield [dict(index=index, rewards=of_prompt.tolist()) for index, of_prompt in zip(indices, scores)]
 
     scores = complete_rows(out.with_suffix(".scores.jsonl"), provenance, dict(enumerate(samples)), compute, out)
     pairs = []
@@ -764,18 +943,23 @@ def label(args):
         raise UserError(f"no usable pairs in {report}")
     complete = on_rank_0(lambda: write_once(out, as_lines(pairs)))
     print_rank0(f"{out}{complete}: {report}")
+    print_rank0(f"next: python {HERE}/train_pref.py --model REFERENCE --data {out} --loss is_dpo")
 
 
 def choose_pair(row, rewards, eos, args):
-    """The best and the worst of a prompt's completions as a pair, with their rewards. Raises SkipRow. One that is empty
-    or was cut is not taken: in a pair's text it would look as if it had ended there. A stop other than the trainer's
-    `eos` is written, so that it reads what was said. Noise is a function of (seed, prompt, texts)."""
+    """The best and the worst of a prompt's completions (--pairs random: of any two) as a pair, with their rewards and,
+    where they are known, the log-probs of their sampler. Raises SkipRow. A completion that is empty or was cut is not
+    taken: in a pair's text it would look as if it had ended there. A stop other than the trainer's `eos` is written, so
+    that it reads what was said. What is drawn is a function of (seed, prompt, texts)."""
     candidates = []
-    for reward, text, stop in zip(rewards, row["completions"], row["stops"]):
+    logps = row.get("logps") or [None] * len(rewards)
+    for reward, text, stop, logp in zip(rewards, row["completions"], row["stops"], logps):
         if stop is not None and text.strip():
-            candidates.append((reward, text, stop))
+            candidates.append((reward, text, stop, logp))
     if len(candidates) < 2:
         raise SkipRow("fewer than two completions that ended and are not empty")
+    if args.pairs == "random":
+        candidates = random.Random(json.dumps([args.seed, row["prompt"]])).sample(candidates, 2)
     chosen = max(candidates, key=itemgetter(0))
     rejected = min(candidates, key=itemgetter(0))
     if chosen[0] == rejected[0]:
@@ -790,97 +974,230 @@ def choose_pair(row, rewards, eos, args):
             return [dict(role="assistant", content=text)]
         return text if stop == eos else text + stop
 
-    return dict(prompt=row["prompt"], chosen=response(*chosen[1:]), rejected=response(*rejected[1:]),
+    pair = dict(prompt=row["prompt"], chosen=response(*chosen[1:3]), rejected=response(*rejected[1:3]),
                 chosen_reward=chosen[0], rejected_reward=rejected[0])
+    if chosen[3] is not None and rejected[3] is not None:
+        pair |= dict(chosen_logps=chosen[3], rejected_logps=rejected[3])
+    if row.get("tools"):
+        pair["tools"] = row["tools"]
+    return pair
 
 
 # ----------------------------------------------------------------------------------------------------------- golden
+# A checkpoint to evaluate, of the preference run `run`. weights: a sha256 of what it holds; row_exists: its row stands
+# in RUN/golden.jsonl, and only its samples lack.
+Evaluation = namedtuple("Evaluation", "run path name weights step epoch row_exists")
+
+
 def golden(args):
     """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
-    rank, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    how = (args.precision, device, args.chat_template_kwargs)
-    reward_model, rm_tokenizer, rm_directory = load_model(args.rm, RewardModel, *how)
-    ref, tokenizer, ref_directory = load_model(args.ref, CausalLM, *how)
+    _, _, device = init_distributed(args.seed, args.timeout, args.threads)
+    reward_model, rm_tokenizer, rm_directory = load_by_flags(args.rm, RewardModel, args, device)
+    ref, tokenizer, ref_directory = load_by_flags(args.ref, CausalLM, args, device)
+    check_room(read_config(rm_directory), rm_directory, args.max_length, args)
+    check_room(ref.config, ref_directory, args.max_prompt_length + args.max_new_tokens, args)
+    warn_of_sampling_config(ref_directory)
+    stops = sorted(stop_ids(tokenizer))
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
     if not all(prompt.references for prompt in prompts):
         raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
     protocol = {name: getattr(args, name) for name in PROTOCOL}
-    stops = sampling_stops(ref_directory, tokenizer)
+    if args.chat_template_kwargs:
+        protocol["chat_template_kwargs"] = args.chat_template_kwargs
     made_of = dict(rm=model_fingerprint(rm_directory), ref=model_fingerprint(ref_directory), prompts=digest)
     settings = hashlib.sha256(json.dumps([protocol, made_of]).encode()).hexdigest()[:12]
-    work = on_rank_0(lambda: checkpoints_to_evaluate(args.runs, ref_directory, settings))
-    print_rank0(f"{len(work)} checkpoints to evaluate, settings {settings}")
-    known = {}
+    evaluations, failures = on_rank_0(lambda: find_work(args, ref_directory, made_of["ref"], settings))
+    print_rank0(f"{len(evaluations)} checkpoints to evaluate, settings {settings}")
     vocab_size = reward_model.model.embed_tokens.num_embeddings
 
-    def rate(responses, desc):
-        """Texts and stops of the responses to each prompt -> their rewards, a vector a prompt."""
-        rows = []
-        for prompt, (texts, text_stops) in zip(prompts, responses):
-            rows.append(scored_ids(rm_tokenizer, prompt.text, texts, text_stops, vocab_size, args))
-        return score(reward_model, [x for x, _ in rows], [ys for _, ys in rows], args, known, desc)
+    def rate(prompts, responses, known, desc):
+        """(text, stop) of the responses to each prompt -> their rewards, a vector a prompt."""
+        ids = []
+        for prompt, of_prompt in zip(prompts, responses):
+            ids.append(scored_ids(rm_tokenizer, prompt.content, prompt.tools, of_prompt, vocab_size, args))
+        places = [f"row {prompt.index} of {args.data}" for prompt in prompts]
+        return score(reward_model, [x for x, _ in ids], [ys for _, ys in ids], places, args, known, desc)
 
-    reference_rewards = rate([zip(*prompt.references) for prompt in prompts], "references") if work else None
+    if evaluations:
+        prompts = leave_out_refused(prompts, rm_tokenizer, vocab_size, args)
+        references = {}
+        reference_rewards = rate(prompts, [prompt.references for prompt in prompts], references, "references")
     measured = {}  # by weights: the reference policy is step 0 of every run
-    for run, path, weights, step, epoch in work:
-        if weights not in measured:
-            policy = ref if step == 0 else load_model(str(path), CausalLM, args.precision, device)[0]
-            if policy.config.vocab_size != ref.config.vocab_size:
-                raise UserError(f"{path}: vocabulary of {policy.config.vocab_size}, --ref has {ref.config.vocab_size}")
-            measured[weights] = measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, args)
-        measures, said = measured[weights]
-        name = "reference" if step == 0 else path.name
-        row = dict(checkpoint=name, step=step, epoch=epoch, **measures, prompts=len(prompts), weights=weights,
-                   settings=settings, protocol=protocol, of=made_of)
-        if args.keep_samples and rank == 0:
-            (run / "golden_samples").mkdir(exist_ok=True)
-            write_lines(run / "golden_samples" / f"{name}.jsonl", said)
-        append_rows(run / "golden.jsonl", [row])
-        figures = ("win_rate", "kl", "k1", "reward", "length", "ended")
-        print_rank0(f"{run} {name}: " + ", ".join(f"{x} {row[x]:.3f} +- {row[f'{x}_se']:.3f}" for x in figures))
-
-
-def checkpoints_to_evaluate(runs, ref_directory, settings):
-    """-> [(run, checkpoint, sha256 of its weights, step, epoch)] that RUN/golden.jsonl lacks under these settings."""
-    work = []
-    for run in map(Path, dict.fromkeys(runs)):
+    for evaluation in evaluations:
         try:
-            header = json.loads((run / "metrics.jsonl").read_text().split("\n")[0])
+            if evaluation.weights not in measured:
+                # Of rewards only the references' are known before: which others are computed together, and so their
+                # last bits, must not depend on what else was evaluated before, or before a kill.
+                known = dict(references)
+                policy = ref
+                if evaluation.step > 0:
+                    policy, _, _ = load_by_flags(str(evaluation.path), CausalLM, args, device)
+                if policy.config.vocab_size != ref.config.vocab_size:
+                    raise UserError(f"its vocabulary has {policy.config.vocab_size} tokens, that of --ref"
+                                    f" {ref.config.vocab_size}")
+                measured[evaluation.weights] = measure(
+                    policy, ref, tokenizer, stops, prompts, reference_rewards,
+                    lambda responses: rate(prompts, responses, known, "win rate: scoring"), args)
+        except (UserError, SkipRow) as error:  # of one checkpoint: the others are evaluated all the same
+            failures.append(f"{evaluation.path}: {error}")
+            continue
+        measures, samples = measured[evaluation.weights]
+        row = dict(checkpoint=evaluation.name, step=evaluation.step, epoch=evaluation.epoch, **measures,
+                   prompts=len(prompts), weights=evaluation.weights, settings=settings, protocol=protocol, of=made_of)
+        on_rank_0(lambda: write_evaluation(evaluation, row, samples if args.keep_samples else None))
+        on_rank_0(lambda: show_on_dashboard(evaluation.run, row))
+        print_rank0(f"{evaluation.run} {evaluation.name}: {', '.join(figure_text(name, row) for name in FIGURES)}")
+    for failure in failures:
+        print_rank0(f"failed: {failure}")
+    if failures:
+        raise UserError(f"{len(failures)} runs or checkpoints could not be evaluated, the first: {failures[0]}; all"
+                        " others are in RUN/golden.jsonl")
+    print_rank0(f"next: python {HERE}/evaluate.py plot {' '.join(args.runs)} --out figs")
+
+
+FIGURES = ("win_rate", "kl", "k1", "reward", "length", "ended")  # each with its standard error, over prompts
+
+
+def figure_text(name, row):
+    error = row[f"{name}_se"]
+    return f"{name} {row[name]:.3f}" + ("" if error is None else f" +- {error:.3f}")
+
+
+def leave_out_refused(prompts, rm_tokenizer, vocab_size, args):
+    """The prompts whose references the reward model's template and tokenizer take; the others are said."""
+    kept = []
+    skipped = {}
+    for prompt in prompts:
+        try:
+            scored_ids(rm_tokenizer, prompt.content, prompt.tools, prompt.references, vocab_size, args)
+            kept.append(prompt)
+        except SkipRow as skip:
+            count_skip(skipped, str(skip), f"row {prompt.index}")
+    if skipped:
+        print_rank0(f"{args.data}: {len(kept)} of {len(prompts)} prompts; skipped: {describe_skips(skipped)}")
+    if not kept:
+        raise UserError(f"{args.rm} takes no prompt of {args.data}: {describe_skips(skipped)}")
+    return kept
+
+
+def find_work(args, ref_directory, ref_fingerprint, settings):
+    """-> the checkpoints whose row RUN/golden.jsonl lacks under these settings, or whose samples lack where they are
+    asked for; and why runs cannot be evaluated, a text each. Locks the rows' files."""
+    evaluations = []
+    failures = []
+    for run in map(Path, dict.fromkeys(args.runs)):
+        try:
+            header = read_header(run)
+            if header.get("ref") != ref_fingerprint:
+                trained_with = header["args"].get("ref") or header["args"].get("model")
+                raise UserError(f"{run} was trained against another reference: {trained_with}, fingerprint"
+                                f" {header.get('ref')}; --ref {args.ref} has {ref_fingerprint}")
             steps_per_epoch = math.ceil(header["pairs"] / header["args"]["batch_size"])
-        except (OSError, ValueError, LookupError, TypeError):
-            raise UserError(f"{run}: not the --out of a preference run (no metrics.jsonl that says so)") from None
-        paths = {0: ref_directory}
-        for path in run.glob("step_*"):
-            if path.name[5:].isdecimal():  # no .bak
-                paths[int(path.name[5:])] = path
-        if (run / "final").exists():
-            paths.setdefault(header["steps"], run / "final")
-        done = read_own_rows(run / "golden.jsonl", fields=["checkpoint", "step", "weights", "settings"],
-                             key=["step", "weights", "settings"])
+            paths = {0: ref_directory}
+            for path in run.glob("step_*"):
+                if path.name[5:].isdecimal():  # no .bak
+                    paths[int(path.name[5:])] = path
+            if (run / "final").exists():
+                paths.setdefault(header["steps"], run / "final")
+            done = read_own_rows(run / "golden.jsonl", fields=["checkpoint", "step", "weights", "settings"],
+                                 key=["step", "weights", "settings"])
+            put_settings_last(run / "golden.jsonl", settings)
+        except UserError as error:
+            failures.append(str(error))
+            continue
         for step, path in sorted(paths.items()):
-            manifest = path / "manifest.json"
-            weights = file_sha256(manifest) if manifest.exists() else model_fingerprint(path)
-            if (step, weights, settings) not in done:
-                work.append((run, path, weights, step, step / steps_per_epoch))
-    return work
+            try:
+                weights = weights_sha256(path, header if step > 0 else {})
+            except UserError as error:
+                failures.append(str(error))
+                continue
+            name = path.name if step > 0 else "reference"
+            row_exists = (step, weights, settings) in done
+            if not row_exists or args.keep_samples and not samples_file(run, settings, name).exists():
+                evaluations.append(Evaluation(run, path, name, weights, step, step / steps_per_epoch, row_exists))
+    return evaluations, failures
+
+
+def read_header(run):
+    """The first line of RUN/metrics.jsonl, which train_pref.py wrote. Raises UserError where it did not."""
+    where = f"{run}/metrics.jsonl:1"
+    header = parse_json(read_text(Path(run, "metrics.jsonl")).split("\n")[0], where)
+    args = header.get("args") if isinstance(header.get("args"), dict) else {}
+    for name, value in (("pairs", header.get("pairs")), ("steps", header.get("steps")),
+                        ("batch_size", args.get("batch_size"))):
+        if type(value) is not int or value <= 0:
+            raise UserError(f"{where}: not the header of a run of train_pref.py: {name} is {value!r:.40}")
+    return header
+
+
+def weights_sha256(path, header):
+    """Of a checkpoint's manifest, which has the sha256 of each file, or of the files. Raises UserError where the
+    manifest bears the mark of another run than the header's."""
+    manifest = path / "manifest.json"
+    if not manifest.exists():
+        return model_fingerprint(path)
+    mark = read_json(manifest).get("run")
+    if mark and header.get("run") not in (mark, None):
+        raise UserError(f"{path} is a checkpoint of another run: {mark}, and not {header['run']}; move it away")
+    return file_sha256(manifest)
+
+
+def samples_file(run, settings, name):
+    return run / "golden_samples" / settings / f"{name}.jsonl"
+
+
+def write_evaluation(evaluation, row, samples):
+    """A checkpoint's row, last, and before it its samples, unless they are None."""
+    if samples is not None:
+        path = samples_file(evaluation.run, row["settings"], evaluation.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, samples)
+    if not evaluation.row_exists:
+        append_rows(evaluation.run / "golden.jsonl", [row])
+
+
+def show_on_dashboard(run, row):
+    """A checkpoint's figures in the dashboard run that its training was shown in, if any, over `golden/step`: a step of
+    their own, as dashboards take no earlier one than the last."""
+    kind = read_header(run)["args"].get("track", "none")
+    if kind != "none":
+        open_tracker(kind, run, read_header(run)["args"])
+        tracker = sys.modules[kind]
+        tracker.log({f"golden/{name}": row[name] for name in ("step", "sqrt_kl", *FIGURES)})
+        tracker.finish()
+
+
+def put_settings_last(path, settings):
+    """Put the rows of these settings behind all others: `plot` takes the last ones that are complete."""
+    others = []
+    last = []
+    for line in read_text(path).split("\n") if path.exists() else []:
+        if line.strip():
+            same = json.loads(line)["settings"] == settings
+            (last if same else others).append(line + "\n")
+    if last and others:
+        write_text(path, "".join(others + last))
 
 
 def measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, args):
-    """-> win rate, KL, k1, reward, length, share that ended, each with its standard error; what was said, as rows."""
+    """-> win rate, KL, k1, reward, length, share that ended, each with its standard error (None of a single prompt);
+    what was said, as rows. rate(responses, (text, stop) each, a list a prompt) -> their rewards."""
     rounds = sampled_rows(policy, tokenizer, prompts, args, k=args.k, temperature=args.temperature, stops=stops,
                           desc="win rate: sampling")
     said = sorted(itertools.chain.from_iterable(rounds), key=itemgetter("index"))
-    our_rewards = rate([(row["completions"], row["stops"]) for row in said], "win rate: scoring")
+    our_rewards = rate([list(zip(row["completions"], row["stops"])) for row in said])
     # The KL is of what the policy says by itself: temperature 1, all tokens. Of one cut off at max_new_tokens it is the
     # KL of what is said until there.
-    ids = [prompt.ids for prompt in prompts]
-    rounds = completions(policy, ids, args, k=args.k, temperature=1.0, top_p=1.0, stops=stops, desc="KL: sampling")
+    rounds = completions(policy, prompts, args, k=args.k, temperature=1.0, top_p=1.0, stops=stops, desc="KL: sampling")
     drawn = [ys for _, ys in sorted(itertools.chain.from_iterable(rounds))]
 
     def compute(xs, ys):
         return divergences(policy, ref, xs, ys)
 
+    ids = [prompt.ids for prompt in prompts]
     kls = compute_in_batches(compute, ids, drawn, columns=2, batch_size=args.batch_size, desc="KL")
+    refuse_not_finite(kls, f"the KL of {policy.config.name_or_path} from {ref.config.name_or_path}",
+                      [f"row {prompt.index} of the data" for prompt in prompts])
 
     def prompt_means(values):
         return torch.stack([torch.as_tensor(of_prompt).double().mean() for of_prompt in values])
@@ -894,10 +1211,14 @@ def measure(policy, ref, tokenizer, stops, prompts, reference_rewards, rate, arg
                       ended=prompt_means(ended))
     measures = {}
     for name, values in per_prompt.items():
-        measures[name], measures[f"{name}_se"] = mean_and_error(values)
+        mean, error = mean_and_error(values)
+        measures[name] = mean
+        measures[f"{name}_se"] = error if len(prompts) > 1 else None
     root = math.sqrt(max(measures["kl"], 0.0))
     measures["sqrt_kl"] = root
-    measures["sqrt_kl_se"] = measures["kl_se"] / (2 * root) if root else 0.0  # to first order
+    measures["sqrt_kl_se"] = 0.0
+    if root > 0:
+        measures["sqrt_kl_se"] = measures["kl_se"] and measures["kl_se"] / (2 * root)  # to first order
     rows = []
     for row, theirs, ours in zip(said, reference_rewards, our_rewards):
         rows.append(row | dict(reference_rewards=theirs.tolist(), rewards=ours.tolist()))
@@ -913,12 +1234,15 @@ def bench(args):
     """Answers to the questions of AlpacaEval 2 or MT-Bench, in their formats; what turn N says, in OUT.turnN.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    policy, tokenizer, directory = load_model(args.model, CausalLM, args.precision, device, args.chat_template_kwargs)
-    stops = sampling_stops(directory, tokenizer)
-    questions = read_questions(args)
-    provenance = vars(args) | dict(policy=model_fingerprint(directory), questions=file_sha256(args.questions))
+    policy, tokenizer, directory = load_by_flags(args.model, CausalLM, args, device)
+    check_room(policy.config, directory, args.max_prompt_length + args.max_new_tokens, args)
+    warn_of_sampling_config(directory)
+    stops = sorted(stop_ids(tokenizer))
     skipped = {}
     cut = {}
+    questions = read_questions(args, skipped)
+    provenance = vars(args) | dict(policy=model_fingerprint(directory), questions=file_sha256(args.questions),
+                                   format=SAMPLE_FORMAT)
 
     def compute(lacking):
         for temperature in sorted({questions[number]["temperature"] for number in lacking}):
@@ -935,10 +1259,11 @@ def bench(args):
                 continue  # refused before, or answered
             messages.append(dict(role="user", content=question["turns"][turn]))
             try:
-                text = dialogue(tokenizer, messages, args.template)
-                rendered = args.template != "hh"
-                ids = prompt_ids(text, rendered, tokenizer, policy.config.vocab_size, args, cut, question["where"])
-                prompts[number] = Prompt(number, text, ids, references=[])
+                content = dialogue(messages) if args.template == "hh" else messages[:]
+                text = render_prompt(tokenizer, content, None, args.model)
+                ids = prompt_ids(text, isinstance(content, list), tokenizer, policy.config.vocab_size, args, cut,
+                                 question["where"])
+                prompts[number] = Prompt(number, content, None, ids, references=[])
             except SkipRow as skip:
                 count_skip(skipped, str(skip), question["where"])
         rows = complete_rows(out.with_suffix(f".turn{turn + 1}.jsonl"), provenance, prompts, compute, out)
@@ -946,24 +1271,33 @@ def bench(args):
             questions[number]["messages"].append(dict(role="assistant", content=row["completions"][0].strip()))
             questions[number]["tstamp"] = row["tstamp"]
     answered = [question for question in questions if len(question["messages"]) == 2 * len(question["turns"])]
-    summary = (f"{len(answered)} answers to {len(questions)} questions; skipped: {describe_skips(skipped)}; cut:"
+    n_questions = len(answered) + sum(n for n, _ in skipped.values())
+    summary = (f"{len(answered)} answers to {n_questions} questions; skipped: {describe_skips(skipped)}; cut:"
                f" {describe_skips(cut)}")
     if not answered:
         raise UserError(f"{args.questions}: no answers: {summary}")
     rows = [bench_row(args.suite, question, args.model) for question in answered]
-    text = as_lines(rows) if args.suite == "mt_bench" else json.dumps(rows, indent=2) + "\n"
+    text = as_lines(rows) if args.suite == "mt_bench" else to_json(rows, indent=2) + "\n"
     print_rank0(f"{out}{on_rank_0(lambda: write_once(out, text))}: {summary}")
+    if args.suite == "mt_bench":
+        print_rank0(f"next: python {HERE}/evaluate.py judge --mt_bench DIR --samples {out} --api URL --judge MODEL"
+                    " --out verdicts.jsonl")
+    else:
+        print_rank0(f"next: alpaca_eval --model_outputs {out}")
+    return 1 if skipped else 0  # a mean over fewer questions is another one
 
 
-def read_questions(args):
-    """The suite's question file -> its rows with `turns`, `temperature`, `where` and empty `messages`; or UserError."""
+def read_questions(args, skipped):
+    """The suite's question file -> its rows with `turns`, `temperature`, `where` and empty `messages`. One that does
+    not fit is counted in `skipped`."""
     questions = []
     for number, (where, row) in enumerate(read_jsonl(Path(args.questions))):  # of alpaca_eval.json, one array, too
         if args.suite == "alpaca_eval":
             row["question_id"] = number
             row["turns"] = [row.get("instruction")]
         if row.get("question_id") is None or not row.get("turns") or not are_texts(row["turns"]):
-            raise UserError(f"{where}: question {number}: not one of {args.suite}")
+            count_skip(skipped, f"not one of {args.suite}", f"{where}, question {number}")
+            continue
         temperature = args.temperature
         if temperature is None:
             temperature = MT_BENCH_TEMPERATURE.get(row.get("category"), 0.7)
@@ -971,13 +1305,15 @@ def read_questions(args):
     return questions
 
 
-def dialogue(tokenizer, messages, template):
-    """Messages up to a user's as the prompt of the answer: by the chat template or in HH's form. Raises SkipRow."""
-    if template == "hh":
-        names = dict(user="Human", assistant="Assistant")
-        turns = [f"\n\n{names[message['role']]}: {message['content']}" for message in messages]
-        return "".join(turns) + "\n\nAssistant:"
-    return apply_template(tokenizer, messages, None, add_generation_prompt=True)
+def dialogue(messages):
+    """Messages up to a user's as one text in the form of Anthropic's HH, which ends where the answer is to come."""
+    names = dict(user="Human", assistant="Assistant", system="System")
+    text = ""
+    for message in messages:
+        name = names.get(message["role"], message["role"])
+        content = message.get("content") or to_json(message["tool_calls"])
+        text += f"\n\n{name}: {content}"
+    return text + "\n\nAssistant:"
 
 
 def bench_row(suite, question, generator):
@@ -1013,23 +1349,30 @@ new line, state only "A" or "B" to indicate which response is more helpful. Your
 Comparison: <one-sentence comparison and explanation>
 
 More helpful: <"A" or "B">"""
-CHOICE = re.compile(r"[\W_]*+((?i:more helpful|preferred)[\W_]++)?((?i:response|summary)[\W_]++)?([AB])[\W_]*+")
+# The last line that COMPARE asks for, or the letter alone, whatever marks stand around them.
+CHOICE = re.compile(r"[\W_]*+((?i:more helpful)[\W_]++)?((?i:response)[\W_]++)?([AB])[\W_]*+")
 JUDGE_SAMPLING = dict(temperature=0, max_tokens=2048)  # FastChat's for MT-Bench
 NEED_REFERENCE = ("math", "reasoning", "coding")  # MT-Bench's categories that are graded beside a reference answer
-PATIENCE = dict(timeout=300, max_retries=8)  # seconds; retries after 429, 5xx, a time-out or no connection
+PATIENCE = dict(timeout=300, max_retries=8)  # seconds a read; retries after 429, 5xx, a time-out or no connection
+TOTAL_TIME = 1800  # seconds a request, its repetitions included: a server may send a byte a second
 GIVE_UP = 20  # requests failed in a row, each after its retries: the server is down
+REFUSES_THIS_ONE = (400, 413, 422)  # a content filter, a context too long: others may pass
+NOT_THIS_TIME = (408, 409, 429)
+# A judge that refuses one of these parameters is asked with the other name for it, or without it.
+OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None}
 
 
 def parse_choice(text):
-    """A judge's answer -> "A", "B" or None: of the last line that has it alone or after "More helpful:" and such."""
+    """A judge's answer -> "A", "B" or None: of the last line that has it alone or after "More helpful:", as asked."""
     matches = [CHOICE.fullmatch(line) for line in text.splitlines()]
     choices = [match[3] for match in matches if match]
     return choices[-1] if choices else None
 
 
 def parse_rating(text):
-    """A judge's answer -> the rating, 1 to 10, or None: like FastChat the first [[n]], or else the first [n]."""
-    match = re.search(r"\[\[(\d+(?:\.\d*)?)\]\]", text) or re.search(r"\[(\d+(?:\.\d*)?)\]", text)
+    """A judge's answer -> the rating, 1 to 10, or None: the first [[n]], the form that is asked for. FastChat falls
+    back to [n], which may be anything, a footnote too."""
+    match = re.search(r"\[\[(\d+(?:\.\d*)?)\]\]", text)
     return float(match[1]) if match and 1 <= float(match[1]) <= 10 else None
 
 
@@ -1039,12 +1382,9 @@ def request_seed(seed, prompt, j):
     return int(digest[:8], 16) >> 1
 
 
-def ask_all(items, args):
-    """Send all requests of items (what it is for, its requests), one after another, of args.concurrency items at a
-    time; yield (what for, replies), and send no more until that is kept: never are more replies paid for and not kept.
-    Repeating is the openai client's business. A reply: text, finish_reason, tokens (None if the server does not say)
-    and model. The key is read from the environment and goes nowhere else; where a server quotes it, it is cut out.
-    Raises UserError: at once for a request that is refused, at the end if others failed."""
+def connect(args):
+    """-> the openai client of args.api, and the key, which is read from the environment and goes nowhere else. Raises
+    UserError."""
     try:
         import openai
     except ImportError:
@@ -1054,47 +1394,108 @@ def ask_all(items, args):
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-is-set"  # a local server wants none
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY: a key has plain letters only")
-    client = openai.OpenAI(api_key=key, base_url=args.api, **PATIENCE)
+    # Redirects are not followed: prompts are for the host that was named.
+    http = openai.DefaultHttpxClient(follow_redirects=False)
+    return openai.OpenAI(api_key=key, base_url=args.api, http_client=http, **PATIENCE), key
+
+
+def refused_parameter(error, request):
+    """The parameter of a request that a server does not know, of those with OTHER_NAMES, or None."""
+    words = str(error)
+    for parameter in OTHER_NAMES:
+        if parameter in request and re.search(rf"\b{parameter}\b", words) and re.search(r"(?i)support|recogni", words):
+            return parameter
+    return None
+
+
+def ask_all(items, args):
+    """Send all requests of items (what it is for, its requests), one after another, of args.concurrency items at a
+    time; yield (what for, replies), and send no more until that is kept: never are more replies paid for and not kept.
+    Repeating is the openai client's business. A reply: text, finish_reason, tokens (None if the server does not say)
+    and model, in which a key that a server quotes is cut out.
+
+    Raises UserError: at once where the server refuses whatever is asked (a wrong key, model or address), at the end
+    where requests failed, which are counted; the others are asked nevertheless."""
+    client, key = connect(args)
+    import openai
+
+    renamed = set()  # parameters that this server has taken under their other names
 
     def redact(words):
         return words.replace(key, "[key]") if len(key) > 15 else words  # `x` or `EMPTY` is no secret
 
-    def ask(request):
+    def create(request):
         endpoint = client.chat.completions if "messages" in request else client.completions
-        answer = endpoint.create(**request)
+        tried = set(renamed)
+        while True:
+            asked = dict(request)
+            for parameter in tried & asked.keys():
+                value = asked.pop(parameter)
+                if OTHER_NAMES[parameter]:
+                    asked[OTHER_NAMES[parameter]] = value
+            try:
+                answer = endpoint.create(**asked)
+            except openai.BadRequestError as error:
+                parameter = refused_parameter(error, asked)
+                # A judge without temperature 0 judges still; a sample of another temperature is another sample.
+                if parameter is None or parameter == "temperature" and args.command == "sample":
+                    raise
+                tried.add(parameter)
+                continue
+            for parameter in tried - renamed:
+                print_rank0(f"{args.api} does not take {parameter}: asked {OTHER_NAMES[parameter] or 'without it'}")
+            renamed.update(tried)
+            return answer
+
+    def ask(request):
+        answer = create(request)
         choice = answer.choices[0]
         text = choice.message.content if "messages" in request else choice.text
-        return dict(text=redact(text or ""), finish_reason=choice.finish_reason, model=redact(answer.model or ""),
-                    tokens=answer.usage.completion_tokens if answer.usage else None)
+        if not isinstance(text, str):
+            raise TypeError(f"the reply's content is no text but {text!r:.80}")
+        reason = choice.finish_reason
+        tokens = answer.usage.completion_tokens if answer.usage else None
+        return dict(text=redact(text), finish_reason=redact(reason) if isinstance(reason, str) else None,
+                    model=redact(str(answer.model or "")), tokens=tokens if isinstance(tokens, int) else None)
 
     def ask_in_turn(requests):
         return [ask(request) for request in requests]
 
     unsent = iter(tqdm(items, disable=None))
-    running = {}
+    running = {}  # future: (what it is for, when it is given up)
     failures = []
-    in_a_row = 0
-    pool = ThreadPoolExecutor(args.concurrency)
+    n_answered = 0
+    in_a_row = 0  # that failed
+    pool = ThreadPoolExecutor(len(items) or 1)  # a thread that is given up hangs on; of others there are `concurrency`
     try:
         while True:
             free = args.concurrency - len(running) if in_a_row < GIVE_UP else 0
             for what, requests in itertools.islice(unsent, free):
-                running[pool.submit(ask_in_turn, requests)] = what
+                deadline = time.monotonic() + TOTAL_TIME * len(requests)
+                running[pool.submit(ask_in_turn, requests)] = what, deadline
             if not running:
                 break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                what = running.pop(future)
-                in_a_row += 1
+            first_deadline = min(deadline for _, deadline in running.values())
+            done, pending = wait(running, first_deadline - time.monotonic(), return_when=FIRST_COMPLETED)
+            overdue = [future for future in pending if running[future][1] <= time.monotonic()]
+            for future in [*done, *overdue]:
+                what, _ = running.pop(future)
                 try:
+                    if future in overdue:
+                        raise TimeoutError(f"no whole reply within {TOTAL_TIME} seconds a request")
                     yield what, future.result()
+                    n_answered += 1
                     in_a_row = 0
-                # The others: what a proxy's page or cut JSON leads to.
-                except (openai.APIError, json.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
+                # APIError and time-outs apart: what a proxy's page, cut or deeply nested JSON leads to.
+                except (openai.APIError, json.JSONDecodeError, AttributeError, LookupError, TypeError, RecursionError,
+                        TimeoutError) as error:
                     why = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
-                    failures.append(why)
+                    failures.append(f"{why} ({name_of(what)})")
                     status = getattr(error, "status_code", 500)
-                    if status < 500 and status not in (408, 409, 429):
+                    if status < 500 and status not in (*REFUSES_THIS_ONE, *NOT_THIS_TIME):
                         raise UserError(f"{args.api} refuses a request: {why}") from None
+                    if status not in REFUSES_THIS_ONE or n_answered == 0:
+                        in_a_row += 1
     finally:  # Ctrl-C, or a request refused: do not wait for what is under way
         pool.shutdown(wait=False, cancel_futures=True)
     if failures:
@@ -1102,18 +1503,26 @@ def ask_all(items, args):
                         " a row no more is asked; the same command asks those that are missing")
 
 
+def name_of(what):
+    """What a request is for, in few words: a prompt's row or the key of a verdict."""
+    return f"row {what.index} of the data" if isinstance(what, Prompt) else f"key {str(what)[:12]}"
+
+
 def api_rows(prompts, args):
     """Like sampled_rows, from a server: each completion a request with its own seed; a text is continued as it is, a
-    list of messages answered through the server's chat template. A prompt of whose requests one failed has no row."""
+    conversation answered through the server's chat template. A prompt of whose requests one failed has no row."""
     sampling = dict(model=args.model, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens)
     items = []
     for prompt in prompts:
-        is_text = isinstance(prompt.text, str)
-        requests = []
-        for j in range(args.k):
-            request = dict(prompt=prompt.text) if is_text else dict(messages=prompt.text)
-            requests.append(request | sampling | dict(seed=request_seed(args.seed, prompt.text, j)))
-        items.append((prompt, requests))
+        request = dict(sampling)
+        if isinstance(prompt.content, str):
+            request["prompt"] = prompt.content
+        else:
+            request["messages"] = prompt.content
+        if prompt.tools:
+            request["tools"] = prompt.tools
+        seeds = [request_seed(args.seed, prompt.content, j) for j in range(args.k)]
+        items.append((prompt, [request | dict(seed=seed) for seed in seeds]))
     for prompt, replies in ask_all(items, args):
         answers = []
         for reply in replies:
@@ -1125,16 +1534,16 @@ def api_rows(prompts, args):
 def comparison_tasks(args):
     """-> the requests that compare samples, [(what one asks about, its messages)], and how many completions have
     nothing to be compared with. `completion_is` is the letter of our completion. Texts lose the blanks around them,
-    which would tell the writers apart; an empty completion is judged like any other."""
+    which would tell the writers apart; an empty completion is judged like any other. A conversation is put to the judge
+    in the form of the paper's dialogues, whatever template its policy has."""
     tasks = []
     n_unmatched = 0
     others = {}
     for _, row in read_samples(args.against) if args.against else []:
         others[json.dumps(row["prompt"])] = row["completions"]
-    for where, row in read_samples(args.samples):
+    for _, row in read_samples(args.samples):
         prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            raise UserError(f"{where}: the judge's prompt takes texts, this one is a list of messages")
+        history = prompt if isinstance(prompt, str) else dialogue(prompt)
         completions_ = row["completions"]
         if args.against:
             opponents = others.get(json.dumps(prompt), [])
@@ -1144,7 +1553,7 @@ def comparison_tasks(args):
         for j, (ours, theirs) in enumerate(zip(completions_, opponents)):
             letter = "AB"[request_seed(args.seed, prompt, j) % 2]
             a, b = (ours, theirs) if letter == "A" else (theirs, ours)
-            content = COMPARE.format(prompt=prompt.strip(), a=a.strip(), b=b.strip())
+            content = COMPARE.format(prompt=history.strip(), a=a.strip(), b=b.strip())
             about = dict(prompt=prompt, j=j, completion_is=letter)
             tasks.append((about, [dict(role="user", content=content)]))
     return tasks, n_unmatched
@@ -1198,6 +1607,9 @@ def judge(args):
     if not tasks:
         raise UserError(f"{args.samples}: nothing to judge, {n_unmatched} without an opponent or an answer")
     out = Path(args.out)
+    summary_file = out.with_suffix(".summary.json")
+    if summary_file.exists() and "verdicts_wanted" not in read_json(summary_file):
+        raise UserError(f"{summary_file} is not one that this command wrote: choose another --out")
     wanted = {}  # by key: what it is about, its request
     for about, messages in tasks:
         request = dict(model=args.judge, messages=messages, **JUDGE_SAMPLING)
@@ -1228,7 +1640,6 @@ def judge(args):
                   missing=n_missing)
     if scored:
         result |= summarize(scored)
-    summary_file = out.with_suffix(".summary.json")
     write_json(summary_file, vars(args) | result | dict(malformed_verdicts=malformed))
     print_rank0(f"{json.dumps(result, indent=2)}\n-> {summary_file}")
     if failure:
@@ -1239,7 +1650,7 @@ def comparison_result(scored):
     """[(about, "A" or "B")] -> win rate, the mean over prompts, its error; share_a: of A, 0.5 without position bias."""
     wins = {}
     for about, choice in scored:
-        wins.setdefault(about["prompt"], []).append(float(choice == about["completion_is"]))
+        wins.setdefault(json.dumps(about["prompt"]), []).append(float(choice == about["completion_is"]))
     win_rate, error = mean_and_error(torch.tensor([np.mean(of_prompt) for of_prompt in wins.values()]))
     n_a = sum(choice == "A" for _, choice in scored)
     return dict(prompts=len(wins), win_rate=win_rate, win_rate_se=error if len(wins) > 1 else None,
@@ -1263,59 +1674,93 @@ def grade_result(scored):
 # Win rates in %, sqrt KL in sqrt nats, log-ratios and log_eps in nats, lengths in tokens. `x_se` is the standard error
 # of the mean x over n seeds; of a single run that of its evaluation, over prompts; null where there is none.
 LOOKS = {"dpo": ("#b04000", "s"), "is_dpo": ("#0060a0", "o"), "ipo": ("#d08a00", "v"), "is_ipo": ("#3a7d34", "^"),
-         "chi_po": ("#7a3b8f", "D"), "rpo": ("#606060", "P"), "length_dpo": ("#8c6d46", "X"), "online": ("black", "*")}
+         "chi_po": ("#7a3b8f", "D"), "rpo": ("#606060", "P"), "length_dpo": ("#8c6d46", "X"), "online": ("black", "h")}
 COMPARED = ("dpo", "is_dpo")  # drawn thick, and with bands: those of seven losses would hide each other
-LABELS = {"epoch": "epoch", "win_rate": "win rate (%)", "sqrt_kl": "√KL(π || ref) (√nats)",
+LABELS = {"epoch": "epoch", "win_rate": "win rate by the {judge} (%)", "sqrt_kl": "√KL(π || ref) (√nats)",
           "ratio/chosen": "mean log π/ref, chosen (nats)", "ratio/rejected": "mean log π/ref, rejected (nats)",
           "weights/mean": "mean weight (capped)", "place": "log ε (nats a response; inf: no cap)",
-          "peak_win_rate": "peak win rate (%)", "final_win_rate": "final win rate (%)",
+          "peak_win_rate": "peak win rate by the {judge} (%)", "final_win_rate": "final win rate by the {judge} (%)",
           "final_sqrt_kl": "final √KL (√nats)"}
 TRAINING = ["ratio/chosen", "ratio/rejected", "weights/mean"]
 TABLE = ["peak_win_rate", "peak_sqrt_kl", "final_win_rate", "final_sqrt_kl", "drop", "ess_share", "final_length"]
+BARS = "bars: one standard error over seeds, of one run over prompts"
+BANDS = "; bands: 95% of fits to seeds drawn with replacement"
 TABLE_NOTE = """
-Mean ± standard error over n seeds, of one run over prompts; win rates in %, √KL in √nats, lengths in tokens. The peak
-is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
+Mean ± standard error over n seeds, of one run over prompts; win rates by the {judge} in %, √KL in √nats, lengths in
+tokens. The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward. ESS share:
 effective sample size of the weights over the step's pairs, median of the last tenth of the steps.
 """
 METHOD = ["beta", "lr", "loss"]
 SETTING = [*METHOD, "log_eps"]
 # What runs in one plot share, and what those of one setting share, too
-COMMON = ["protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length",
+COMMON = ["judge", "protocol", "epochs", "max_steps", "batch_size", "warmup_steps", "grad_clip", "max_length",
           "max_prompt_length"]
 OF_SETTING = ["label_smoothing", "length_average", "eta", "alpha", "r_max"]
 
 
 def read_run(directory):
-    """-> flags of a run of train_pref.py (log_eps None where the loss has none), and name, steps (lines of
-    metrics.jsonl), points (lines of golden.jsonl under its last settings, win rates in %), `golden settings`, protocol
-    and data, fingerprints of the evaluation and of the pairs. Raises UserError."""
+    """-> flags of a run of train_pref.py (log_eps None where the loss has none), and name, pairs, steps (lines of
+    metrics.jsonl), points (lines of golden.jsonl under its last settings that are complete, win rates in %), `golden
+    settings`, protocol and data, fingerprints of the evaluation and of the pairs. Raises UserError."""
     metrics = Path(directory, "metrics.jsonl")
-    golden_file = Path(directory, "golden.jsonl")
-    remedy = f"python evaluate.py golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {directory}"
-    logged = read_whole_lines(metrics) if metrics.is_file() else []
-    header, *steps = [row for _, row in logged] or [{}]
-    args = header.get("args")
-    if not isinstance(args, dict) or args.get("loss") not in LOOKS or not steps:
-        raise UserError(f"{metrics}:1: not the header of a run of train_pref.py, or no steps after it")
-    lines = read_whole_lines(golden_file) if golden_file.is_file() else []
-    last = lines[-1][1] if lines else {}
-    points = {}  # by step
-    for where, row in lines:
-        if row.get("settings") != last.get("settings"):
-            continue
-        measures = {name: row.get(name) for name in ("win_rate", "sqrt_kl", "length")}
-        for value in measures.values():
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"{where}: {measures} must be numbers: delete {golden_file} and run {remedy}")
-        points[row["step"]] = row | dict(win_rate=100 * row["win_rate"], win_rate_se=100 * row["win_rate_se"])
-    if 0 not in points or len(points) == 1:
-        raise UserError(f"{golden_file}: no line of step 0, the reference, or none after it: run {remedy}")
+    header = read_header(directory)
+    args = header["args"]
+    if args.get("loss") not in LOOKS:
+        raise UserError(f"{metrics}:1: not the header of a run of train_pref.py: no loss that is known")
+    for name in ("beta", "lr", "log_eps", "seed"):
+        if not is_number(args.get(name)) and args.get(name) != math.inf:
+            raise UserError(f"{metrics}:1: {name} is {args.get(name)!r:.40}: want a number")
+    steps = []
+    for where, line in read_whole_lines(metrics)[1:]:
+        if line.get("step") != len(steps) + 1:
+            raise UserError(f"{where}: step {line.get('step')!r:.40} where {len(steps) + 1} should stand: lines are"
+                            " missing, doubled, out of order or not of this log: restore the file")
+        for name in ("epoch", *TRAINING, "weights/ess"):
+            if name not in line or line[name] is not None and not is_number(line[name]):
+                raise UserError(f"{where}: {name} is {line.get(name)!r:.40}: want a number")
+        steps.append(line)
+    if not steps:
+        raise UserError(f"{metrics}: no steps after the header")
+    n_gaps = sum(line[name] is None for line in steps for name in TRAINING)
+    if n_gaps:
+        print_rank0(f"{directory}: {n_gaps} values of figure 6 are null, of steps that were not finite: it has gaps")
+    points, settings = golden_points(directory, header["steps"])
     if max(points) < header["steps"]:
         print_rank0(f"{directory}: evaluated up to step {max(points)} of {header['steps']}: it stands for the final"
                     " policy")
     return args | {"name": directory, "log_eps": args["log_eps"] if args["loss"].startswith("is_") else None,
-                   "steps": steps, "points": [points[step] for step in sorted(points)], "data": header.get("data"),
-                   "golden settings": last["settings"], "protocol": last.get("protocol")}
+                   "pairs": header["pairs"], "steps": steps, "points": [points[step] for step in sorted(points)],
+                   "data": header.get("data"), "golden settings": settings, "protocol": points[0].get("protocol"),
+                   "judge": points[0].get("judge", "golden model")}
+
+
+def golden_points(directory, last_step):
+    """-> the rows {step: row} of RUN/golden.jsonl, win rates in %, of the last settings under which the run is
+    evaluated to its end, else of the last that have the reference and a checkpoint; and these settings."""
+    path = Path(directory, "golden.jsonl")
+    remedy = f"python evaluate.py golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {directory}"
+    of_settings = {}  # in the order of their last rows
+    for where, row in read_whole_lines(path) if path.is_file() else []:
+        measures = {name: row.get(name) for name in ("step", "epoch", "win_rate", "sqrt_kl", "length")}
+        errors = {name: row.get(name) for name in ("win_rate_se", "sqrt_kl_se")}
+        fits = all(map(is_number, measures.values())) and isinstance(row.get("settings"), str)
+        if not fits or not all(error is None or is_number(error) for error in errors.values()):
+            raise UserError(f"{where}: {measures | errors} must be numbers, with `settings`: delete {path} and run"
+                            f" {remedy}")
+        points = of_settings.pop(row["settings"], {})
+        of_settings[row["settings"]] = points
+        in_percent = {name: row[name] and 100 * row[name] for name in ("win_rate", "win_rate_se") if name in row}
+        points[row["step"]] = row | in_percent
+    usable = [settings for settings, points in of_settings.items() if 0 in points and len(points) > 1]
+    complete = [settings for settings in usable if max(of_settings[settings]) >= last_step]
+    if not usable:
+        raise UserError(f"{path}: no line of step 0, the reference, or none after it: run {remedy}")
+    settings = (complete or usable)[-1]
+    return of_settings[settings], settings
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_comparable(runs):
@@ -1349,10 +1794,17 @@ def average(runs, lines, names, key=()):
     dtypes = dict.fromkeys(["log_eps", *names, *errors], float)
     dtypes["loss"] = pd.CategoricalDtype(list(LOOKS))  # in the order in which they are drawn
     frame = pd.DataFrame(rows, columns=[*by, "seed", *names, *errors]).astype(dtypes)
-    seeds = frame.groupby([*by, "seed"], dropna=False, observed=True).mean().reset_index()
+    seeds = strict_means(frame.groupby([*by, "seed"], dropna=False, observed=True)).reset_index()
     groups = seeds.groupby(by, dropna=False, observed=True)
-    spread = groups[names].sem().add_suffix("_se").fillna(groups[errors].mean())
-    return pd.concat([groups.size().rename("n"), groups[names].mean(), spread], axis=1).reset_index()
+    means = strict_means(groups[names])
+    spread = groups[names].sem().where(means.notna()).add_suffix("_se").fillna(groups[errors].mean())
+    return pd.concat([groups.size().rename("n"), means, spread], axis=1).reset_index()
+
+
+def strict_means(groups):
+    """Means of a DataFrame's groups. One null makes its mean null: a step that was not finite leaves a gap in a figure,
+    and not the mean of its neighbours."""
+    return groups.mean().where(groups.count().eq(groups.size(), axis=0))
 
 
 def fit_curve(seeds, start, grid):
@@ -1370,9 +1822,9 @@ def fit_curve(seeds, start, grid):
     return fits[0], curves[0], np.percentile(curves[1:], [2.5, 97.5], axis=0)
 
 
-def draw(rows, x, ys, ticks=None, **line):
+def draw(rows, x, ys, judge, ticks=None, **line):
     """A column of axes a (beta, lr), a line of axes a y; over x the means of each loss, with bars of one standard
-    error. Full markers: the weighted losses."""
+    error. Full markers: the weighted losses. judge: who says what wins, for the labels."""
     from matplotlib.figure import Figure
 
     panels = rows.groupby(["beta", "lr"])
@@ -1391,7 +1843,7 @@ def draw(rows, x, ys, ticks=None, **line):
         if ticks:
             column[-1].set_xticks(range(len(ticks)), ticks)
     for ax, y in zip(axes[:, 0], ys):
-        ax.set_ylabel(LABELS[y])
+        ax.set_ylabel(LABELS[y].format(judge=judge))
     return figure
 
 
@@ -1400,7 +1852,7 @@ def draw_curves(runs, points):
     its maximum (exp(a/b - 1), WR_sft + b d), where a - b log d - b = 0, if that is inside the data -> rows, figure."""
     import pandas as pd
 
-    figure = draw(points, "sqrt_kl", ["win_rate"], linestyle="")
+    figure = draw(points, "sqrt_kl", ["win_rate"], runs[0]["judge"], linestyle="")
     axes = dict(zip(points.groupby(["beta", "lr"]).groups, figure.axes))
     rows = []
     for row in points[points["step"] == 0].to_dict("records"):
@@ -1427,8 +1879,28 @@ def draw_curves(runs, points):
             ax.fill_between(grid, *band, color=color, alpha=0.12, linewidth=0)
         if inside:
             ax.plot(peak, start + b * peak, "*", color=color, markersize=13, mec="white")
-    figure.axes[-1].plot([], [], "*", color="grey", markersize=11, label="peak of a fitted curve")
+    if any(row["inside"] for row in rows):
+        figure.axes[-1].plot([], [], "*", color="grey", markersize=11, label="peak of a fitted curve")
     return pd.DataFrame(rows), figure
+
+
+def pairs_of_step(run, line):
+    """The pairs of a step, a line of metrics.jsonl: as logged, or all but an epoch's last step have batch_size."""
+    if is_number(line.get("pairs")):
+        return line["pairs"]
+    place = (line["step"] - 1) % math.ceil(run["pairs"] / run["batch_size"])  # in its epoch
+    return min(run["batch_size"], run["pairs"] - place * run["batch_size"])
+
+
+def ess_share(run):
+    """Effective sample size of the weights over the pairs of the step, median of the last tenth of the steps; NaN if
+    none of these says it."""
+    last_tenth = run["steps"][-max(1, len(run["steps"]) // 10) :]
+    shares = [line["weights/ess"] / pairs_of_step(run, line) for line in last_tenth if line["weights/ess"] is not None]
+    if len(shares) < len(last_tenth):
+        print_rank0(f"{run['name']}: {len(last_tenth) - len(shares)} of the last {len(last_tenth)} steps have no"
+                    " weights/ess: the ESS share is of the others")
+    return float(np.median(shares)) if shares else math.nan
 
 
 def run_numbers(run):
@@ -1438,20 +1910,31 @@ def run_numbers(run):
     final = run["points"][-1]
     numbers = {f"peak_{name}": value for name, value in peak.items()}
     numbers |= {f"final_{name}": value for name, value in final.items()}
-    last_tenth = run["steps"][-max(1, len(run["steps"]) // 10) :]
-    sizes = [line["weights/ess"] for line in last_tenth]
-    ess = np.nanmedian(np.array(sizes, dtype=float))  # no mean: an epoch's last step may be short. NaN: not finite
-    return numbers | dict(drop=peak["win_rate"] - final["win_rate"], ess_share=ess / run["batch_size"])
+    return numbers | dict(drop=peak["win_rate"] - final["win_rate"], ess_share=ess_share(run))
 
 
-def markdown_table(table):
+def table_cells(table):
+    """-> the rows of Table 1 as texts, the header first; "-" where there is no number."""
     names = ["loss", "beta", "lr", "log_eps", "n"]
-    lines = [[*names, *TABLE], ["---"] * (len(names) + len(TABLE))]
+    rows = [[*names, *TABLE]]
     for row in table.to_dict("records"):
-        numbers = [f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}" for name in TABLE]
-        lines.append([str(row[name]) for name in names] + numbers)
-    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    return text.replace(" ± nan", "").replace("nan", "-") + TABLE_NOTE
+        cells = [str(row[name]) for name in names] + [f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}" for name in TABLE]
+        rows.append([cell.replace(" ± nan", "").replace("nan", "-") for cell in cells])
+    return rows
+
+
+def markdown_table(table, judge):
+    header, *rows = table_cells(table)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + TABLE_NOTE.format(judge=judge)
+
+
+def latex_table(table):
+    """The same for a paper that loads booktabs."""
+    header, *rows = table_cells(table)
+    lines = [" & ".join(row).replace("_", r"\_").replace("±", r"$\pm$") + r" \\" for row in (header, *rows)]
+    begin = [rf"\begin{{tabular}}{{{'l' + 'r' * (len(header) - 1)}}}", r"\toprule", lines[0], r"\midrule"]
+    return "\n".join([*begin, *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
 
 def plot(args):
@@ -1462,6 +1945,7 @@ def plot(args):
     if not shown:
         raise UserError(f"no run has log_eps {args.log_eps:g}, for figures 3, 4 and 6: choose another --log_eps")
     print_rank0(f"figures 3, 4, 6: {len(shown)} of {len(runs)} runs, those without a log_eps or of {args.log_eps:g}")
+    judge = runs[0]["judge"]
     table = average(runs, lambda run: [run_numbers(run)], TABLE)
     points = average(shown, itemgetter("points"), ["epoch", "win_rate", "sqrt_kl"], ["step"])
     bin_size = math.ceil(max(len(run["steps"]) for run in shown) / 20)
@@ -1471,14 +1955,14 @@ def plot(args):
 
     bins = average(shown, binned, ["epoch", *TRAINING], ["first_step"])
     figures = {"figure3": draw_curves(shown, points),
-               "figure4": (points, draw(points, "epoch", ["win_rate", "sqrt_kl"])),
-               "figure6": (bins, draw(bins, "epoch", TRAINING))}
+               "figure4": (points, draw(points, "epoch", ["win_rate", "sqrt_kl"], judge)),
+               "figure6": (bins, draw(bins, "epoch", TRAINING, judge))}
     ablation = table[table.groupby(METHOD, observed=True)["log_eps"].transform("nunique") > 1]
     if len(ablation):
         caps = sorted(set(ablation["log_eps"]))
         places = ablation["log_eps"].rank(method="dense") - 1
         ys = ["peak_win_rate", "final_win_rate", "final_sqrt_kl"]
-        figures["figure5"] = ablation, draw(ablation.assign(place=places), "place", ys, ticks=caps)
+        figures["figure5"] = ablation, draw(ablation.assign(place=places), "place", ys, judge, ticks=caps)
 
     out = Path(args.out)
     if out.exists() and any(out.iterdir()) and not (out / "table1.jsonl").exists():
@@ -1492,7 +1976,8 @@ def plot(args):
                          lambda aside: rows.to_json(aside, orient="records", lines=True, double_precision=15))
 
     write_frame("table1", table)
-    write_atomically(out / "table1.md", lambda aside: aside.write_text(markdown_table(table)))
+    write_text(out / "table1.md", markdown_table(table, judge))
+    write_text(out / "table1.tex", latex_table(table))
     for stale in out.glob("figure5.*"):  # it would pass for one of these runs
         stale.unlink()
     for name, (rows, figure) in figures.items():
@@ -1500,10 +1985,12 @@ def plot(args):
         for ax in figure.axes:
             for handle, text in zip(*ax.get_legend_handles_labels()):
                 legend[text] = handle
-        figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend))
+        figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend),
+                      title=BARS + (BANDS if name == "figure3" else ""), title_fontsize=8)
         write_atomically(out / f"{name}.png", lambda aside: figure.savefig(aside, format="png", dpi=150))
         write_frame(name, rows)
-    print_rank0(f"{out}: {', '.join(sorted(figures))} and table1.md of {len(runs)} runs")
+    print_rank0(markdown_table(table, judge))
+    print_rank0(f"{out}: {', '.join(sorted(figures))}, table1.md and table1.tex of {len(runs)} runs")
 
 
 def main():

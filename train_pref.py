@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from kernels.logprob import linear_sequence_logps
 from plumbing.checkpoint import find_model, load_trainer, load_weights, model_files, save_checkpoint
-from plumbing.data import (RowTexts, SkipRow, assistant_stop_id, is_verbatim, lacking, load_rows, load_tokenizer,
-                           read_behaviour, render_chat, wrong_types)
+from plumbing.data import (RowTexts, SkipRow, assistant_stop_id, check_same_vocabulary, is_verbatim, lacking, load_rows,
+                           load_tokenizer, read_behaviour, render_chat, wrong_types)
 from plumbing.process import (UserError, catch_signals, init_distributed, on_rank_0, print_rank0, read_json,
                               read_tensors, run_main, write_tensors)
 from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resume, common_flags, count_step, interval,
@@ -226,6 +226,7 @@ PRESETS = {
     "ultrafeedback": dict(PAPER, data="ultrafeedback", eval_data="ultrafeedback", epochs=1, checkpoint_activations=True,
                           model="meta-llama/Llama-3.2-3B-Instruct"),
 }
+MADE_BY = {PAPER["model"]: "torchrun --nproc_per_node=4 train_sft.py --preset tldr+hh"}
 # Hub datasets that a name stands for: id, train split, held-out split, the columns read (a prompt may be implicit).
 RECIPES = {
     "tldr": ("trl-lib/tldr-preference", "train", "validation[:1024]", ("prompt", "chosen", "rejected")),
@@ -372,7 +373,7 @@ def main():
     args = parse_args()
     _, world, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    model_dir = find_model(args.model)
+    model_dir = find_model(args.model, MADE_BY.get(args.model))
     ref_dir = find_model(args.ref) if args.ref else model_dir
 
     # A new run, or one to go on with
@@ -390,6 +391,8 @@ def main():
     ref_config = read_config(ref_dir)
     check_length(config, model_dir, args.max_length)
     tokenizer = load_tokenizer(model_dir, args.chat_template_kwargs)
+    if args.ref:
+        check_same_vocabulary(tokenizer, ref_dir)
     reading = dict(row_type=Pair, split=split_pair, recipes=RECIPES, tokenizer=tokenizer,
                    vocab_size=min(config.vocab_size, ref_config.vocab_size),
                    max_length=args.max_length, max_prompt_length=args.max_prompt_length)
@@ -493,7 +496,7 @@ def main():
         if code:
             return code
 
-    log.close()
+    log.close(state)
     files |= {"README.md": model_card(header, "AutoModelForCausalLM")}
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)

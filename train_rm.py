@@ -142,6 +142,8 @@ PRESETS = {
     "ultrafeedback": dict(PAPER, data="ultrafeedback", eval_data="ultrafeedback",
                           model="meta-llama/Llama-3.1-8B-Instruct"),
 }
+MADE_BY = {PAPER["model"]: "torchrun --nproc_per_node=4 train_sft.py --preset tldr+hh --model meta-llama/Llama-3.1-8B"
+                           " --shard --out out/sft-8b"}
 # Hub datasets that a name stands for: id, train split, held-out split, the columns read (a prompt may be implicit).
 RECIPES = {
     "tldr": ("trl-lib/tldr-preference", "train", "validation[:1024]", ("prompt", "chosen", "rejected")),
@@ -223,7 +225,7 @@ def main():
     args = parse_args()
     _, world, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    model_dir = find_model(args.model)
+    model_dir = find_model(args.model, MADE_BY.get(args.model))
 
     # A new run, or one to go on with
     header = on_rank_0(lambda: run_header("train_rm", args, world, device, dict(model=model_dir)))
@@ -306,7 +308,7 @@ def main():
         if code:
             return code
 
-    log.close()
+    log.close(state)
     files |= {"README.md": model_card(header, "AutoModelForSequenceClassification")}
     save_checkpoint(out / "final", model=reward_model, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)

@@ -266,7 +266,7 @@ def main():
         if code:
             return code
 
-    log.close()
+    log.close(state)
     files |= {"README.md": model_card(header, "AutoModelForCausalLM")}
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)

@@ -1,8 +1,9 @@
 """Model directories and checkpoints: find, fingerprint, verify, load, save, prune.
 
-A checkpoint of ours is a model directory that transformers loads, with a manifest.json: {file: its sha256}, and `run`,
-the hash of what its run is (plumbing/run.py). That mark makes it ours; whatever lacks it is somebody else's, and is
-neither verified nor deleted. trainer/ holds what only a resumed run needs: AdamW's moments and the counters.
+A checkpoint of ours is a model directory that transformers loads, with a manifest.json: {file: its sha256} and the
+mark: `run`, the hash of what its run is (plumbing/run.py), and `step`. The mark makes it ours; what lacks it is
+somebody else's, and is neither verified nor deleted. trainer/ holds what only a resumed run needs: AdamW's moments and
+the counters.
 """
 
 import hashlib
@@ -24,17 +25,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, a directory each in trainer/
 
 
 # -------------------------------------------------------------------------------------------------------------- to read
-def find_model(name):
-    """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles."""
+def find_model(name, made_by=None):
+    """A model directory (of a config.json its own), or a Hub id's snapshot: safetensors and JSON, never pickles. Raises
+    UserError for an adapter too: alone it is no model, and beside its base it would go unread."""
     path = Path(name)
     if path.name == "config.json":
         path = path.parent
-    if path.is_dir():
-        return path
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no such model directory, and not on the Hub: {error}") from None
+    if not path.is_dir():
+        try:
+            patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+            path = Path(snapshot_download(name, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            remedy = f"; `{made_by}` makes it" if made_by else ""
+            raise UserError(f"{name}: no such model directory, and not on the Hub{remedy}: {error}") from None
+    for adapter in ("adapter_config.json", "adapter_model.safetensors"):
+        if (path / adapter).exists():
+            raise UserError(f"{path} holds an adapter ({adapter}), which is not read: merge it into its base model"
+                            " first (PEFT's merge_and_unload, then save_pretrained) and give that directory")
+    return path
 
 
 def file_sha256s(directory, *patterns):
@@ -52,15 +60,34 @@ def model_fingerprint(directory):
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
-def verify_checkpoint(directory, ours=False):
-    """Check a checkpoint against its manifest; what has neither that nor trainer/ is somebody else's, unless it must be
-    `ours`. UserError names the first file of weights or trainer/ that is not what was written; an edited text (a chat
-    template) is warned of."""
+def step_of(directory):
+    """The step that the name of a checkpoint says, step_000500; None of final."""
+    return None if directory.name == "final" else int(directory.name.removeprefix("step_"))
+
+
+def check_mark(directory, run):
+    """Raise UserError unless a checkpoint was written by this run, and at the step that its name says."""
+    manifest = read_json(directory / "manifest.json")
+    if manifest.get("run") != run:
+        raise UserError(f"{directory} was written by another run (manifest.json: {manifest.get('run')}, this run is"
+                        f" {run}): move it out of {directory.parent}")
+    if manifest.get("step") != step_of(directory):
+        raise UserError(f"{directory} was written at step {manifest.get('step')}, as its manifest.json says: give it"
+                        " its name back")
+
+
+def verify_checkpoint(directory):
+    """Check a checkpoint of ours against its manifest. UserError names the first file of weights or trainer/ that is
+    not what was written; an edited text (a chat template) is warned of. A directory with neither mark nor trainer/ is
+    somebody else's and passes."""
     has_state = (directory / "trainer").exists()
-    if not ours and not has_state and not (directory / "manifest.json").exists():
+    if not has_state and not (directory / "manifest.json").exists():
         return
     written = read_json(directory / "manifest.json")
-    written.pop("run", None)
+    if "run" not in written:
+        return
+    for name in ("run", "step"):
+        written.pop(name, None)
     found = file_sha256s(directory, "**/*")
     for name in sorted(written.keys() | found.keys()):
         if written.get(name) == found.get(name):
@@ -72,8 +99,8 @@ def verify_checkpoint(directory, ours=False):
         if name not in written and not must_be_same:
             continue  # a text that somebody put beside it
         if name not in found or must_be_same:
-            raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or delete"
-                            f" {directory} and go on from the checkpoint before")
+            raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or move"
+                            f" {directory} away and go on from the checkpoint before")
         print_rank0(f"warning: {directory / name} was edited; it is used as it is")
 
 
@@ -86,10 +113,11 @@ def shard_like(param, tensor):
 
 
 def open_weights(directory):
-    """-> {tensor name: the open file that holds it}, of model.safetensors or of the files that its index names."""
+    """-> {tensor name: the open file that holds it}, of model.safetensors or of the files that its index names. Where
+    both are there the single file counts, as for transformers: the index is mostly left over."""
     names = {"model.safetensors"}
     index = directory / "model.safetensors.index.json"
-    if index.exists():
+    if index.exists() and not (directory / "model.safetensors").exists():
         weight_map = read_json(index).get("weight_map")
         names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
         beside_it = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
@@ -122,10 +150,16 @@ def load_weights(model, directory, new=(), drop=()):
         if torch.equal(head, embedding):
             extra.remove("lm_head.weight")
     if missing or extra:
+        head = ""
+        if "score.weight" in missing:
+            head = "; the head of a reward model is score.weight (...ForSequenceClassification), no other value head"
         raise UserError(f"{directory}: the weights do not fit config.json: missing {sorted(missing)[:4]}, extra"
-                        f" {sorted(extra)[:4]} ({len(missing)} and {len(extra)} in all)")
+                        f" {sorted(extra)[:4]} ({len(missing)} and {len(extra)} in all){head}")
     for name, param in params.items():
         tensor = files[name].get_tensor(name)
+        if name == "score.weight" and len(tensor) != 1:
+            raise UserError(f"{directory}: score.weight is {list(tensor.shape)}, a classifier of {len(tensor)} labels;"
+                            " a reward model has one (num_labels 1)")
         if tensor.shape != param.shape or tensor.dtype.itemsize < 2 or not tensor.dtype.is_floating_point:
             raise UserError(f"{directory}: {name} is {tensor.dtype} {list(tensor.shape)}; config.json says"
                             f" {list(param.shape)}, and quantized weights are not read")
@@ -136,15 +170,20 @@ def load_weights(model, directory, new=(), drop=()):
 # ---------------------------------------------------------------------------------------------- to write and go on from
 def model_files(directory, tokenizer, stop, **changes):
     """What is saved beside the weights, {name: content}: config.json and generation_config.json, after the model's that
-    training begins with. `stop`, what the template ends a turn with, and EOS must stop generation."""
+    training begins with. `stop`, what the template ends a turn with, and EOS must stop generation. Raises UserError."""
+    from transformers import AutoConfig  # takes a second, which --help need not wait for
+
     config = read_json(directory / "config.json") | changes
     config.pop("torch_dtype", None)  # an older name of `dtype`, which save_checkpoint sets
+    # transformers 5 writes rope_parameters; 4 reads rope_theta and rope_scaling, and would take a theta of 10,000.
+    rope = dict(AutoConfig.from_pretrained(directory, local_files_only=True).rope_parameters)
+    config["rope_parameters"] = dict(rope)
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     path = directory / "generation_config.json"
     generation = read_json(path) if path.exists() else dict(bos_token_id=tokenizer.bos_token_id)
-    stops = generation.get("eos_token_id") or []
-    if not isinstance(stops, list):
-        stops = [stops]
-    generation["eos_token_id"] = [*dict.fromkeys([*stops, tokenizer.eos_token_id, stop])]  # each once, in this order
+    stops = [*tokenizer.generation_stops, tokenizer.eos_token_id, stop]
+    generation["eos_token_id"] = [*dict.fromkeys(stops)]  # each once, in this order
     return {"config.json": config, "generation_config.json": generation}
 
 
@@ -189,7 +228,8 @@ def save_checkpoint(directory, *, model, tokenizer, files, run, save_dtype="fp32
             tokenizer.save_pretrained(aside)
         except Exception as error:  # of no narrower class: what `tokenizers` raises when the disk is full
             raise OSError(str(error)) from None
-        manifest = dict(run=run) | file_sha256s(aside, "**/*")
+        mark = dict(run=run, step=None if state is None else state["step"])
+        manifest = mark | file_sha256s(aside, "**/*")
         (aside / "manifest.json").write_text(to_json(manifest, indent=2), encoding="utf-8")
 
     try:
@@ -233,7 +273,7 @@ def checkpoints(out):
 
 def prune_checkpoints(out, keep, keep_state):
     """Delete all but the newest `keep` checkpoints, and trainer/ of all but the newest `keep_state` (0: none), each
-    renamed first so that none is half there."""
+    renamed first so that none is half there. One that was moved to another disk, a symlink here, stays as it is."""
     steps = checkpoints(out)
     doomed = []
     if keep:
@@ -241,7 +281,9 @@ def prune_checkpoints(out, keep, keep_state):
     if keep_state:
         doomed += [step / "trainer" for step in steps[:-keep_state]]
     for directory in doomed:
-        if directory.exists():
-            aside = out / f".step_{'-'.join(directory.relative_to(out).parts)}.old"
+        name = directory.relative_to(out)
+        moved = directory.resolve() != out.resolve() / name
+        if directory.exists() and not moved:
+            aside = out / f".step_{'-'.join(name.parts)}.old"
             os.rename(directory, aside)
             shutil.rmtree(aside)

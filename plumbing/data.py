@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gzip
+import hashlib
 import importlib
 import itertools
 import json
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.process import UserError, on_rank_0, open_safetensors, print_rank0, read_json, read_tensors, write_tensors
+from plumbing.process import (UserError, file_sha256, on_rank_0, open_safetensors, print_rank0, read_json, read_tensors,
+                              write_tensors)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -44,13 +46,27 @@ def read_rows(source, held_out, recipes):
     """Yield (place, row) of a --data or --eval_data: a path, a recipe's name, a Hub id, or several joined by "+".
 
     recipes: {name: (Hub id, train split, held-out split, columns read)}. Raises UserError for what cannot be read."""
-    # A file whose own name has a plus is that file.
-    parts = [source] if Path(source).exists() else source.split("+")
-    for part in parts:
+    for part in source_parts(source):
         if part.endswith((".jsonl", ".json", ".gz")):
             yield from read_jsonl(Path(part))
         else:
             yield from read_dataset(part, held_out, recipes)
+
+
+def source_parts(source):
+    """The parts that a --data pools. A file whose own name has a plus is that file."""
+    return [source] if Path(source).exists() else source.split("+")
+
+
+def source_sha256(source):
+    """Of the parts of a --data: files and directories by what they hold, a Hub dataset by its name."""
+    digest = hashlib.sha256()
+    for part in source_parts(source):
+        path = Path(part)
+        files = [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file())
+        known_by = [file_sha256(file) for file in files] or [part]
+        digest.update(json.dumps(known_by).encode())
+    return digest.hexdigest()
 
 
 def read_dataset(name, held_out, recipes):
@@ -129,6 +145,9 @@ def load_tokenizer(directory, chat_template_kwargs=None):
                         f" tokenizer.json): {error}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    if not isinstance(tokenizer.model_max_length, (int, float)):  # transformers would fail at the first text
+        raise UserError(f"{directory / 'tokenizer_config.json'}: model_max_length is"
+                        f" {tokenizer.model_max_length!r:.100}: must be a number")
     tokenizer.chat_template_kwargs = chat_template_kwargs or {}
     tokenizer.generation_stops = generation_stops(directory)
     return tokenizer
@@ -137,14 +156,26 @@ def load_tokenizer(directory, chat_template_kwargs=None):
 def generation_stops(directory):
     """The ids at which generation_config.json says to stop, [] where it is silent. Raises UserError: no ids."""
     path = directory / "generation_config.json"
-    stops = read_json(path).get("eos_token_id") if path.exists() else None
-    if stops is None:
+    found = read_json(path).get("eos_token_id") if path.exists() else None
+    if found is None:
         return []
-    if not isinstance(stops, list):
-        stops = [stops]
-    if not all(type(stop) is int for stop in stops):
-        raise UserError(f"{path}: eos_token_id is {stops}: want an id, or a list of ids")
+    stops = found if isinstance(found, list) else [found]
+    for stop in stops:
+        if type(stop) is not int or stop < 0:  # not isinstance: True is an int to it
+            raise UserError(f"{path}: eos_token_id is {found!r:.100}: must be a token id or a list of them")
     return stops
+
+
+def check_same_vocabulary(tokenizer, directory):
+    """Raise UserError where the tokenizer of a model `directory`, which will read ids of `tokenizer`, means another
+    token by one of them: of the same size, its model would score other words. A token that one of the two lacks, as an
+    added pad token, is no conflict."""
+    ours = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    theirs = {token_id: token for token, token_id in load_tokenizer(directory).get_vocab().items()}
+    for token_id in sorted(ours.keys() & theirs.keys()):
+        if ours[token_id] != theirs[token_id]:
+            raise UserError(f"{directory}: its tokenizer is another one than {tokenizer.name_or_path}'s: token"
+                            f" {token_id} is {theirs[token_id]!r} there, {ours[token_id]!r} here")
 
 
 def meta_tokenizer(path):
@@ -559,7 +590,8 @@ def load_rows(path, header, *, row_type, split, source, held_out, recipes, token
     and so does a run that resumes. No source: no rows.
 
     header: the run's, whose fingerprints the file is known by. source, held_out, recipes: see read_rows; split and the
-    rest: see tokenize_rows. The report of skipped rows is said each time. Raises UserError where nothing is left."""
+    rest: see tokenize_rows. The report of skipped rows is said each time. Raises UserError where nothing is left, or
+    the source was rewritten since it was hashed for the header."""
     if not source:
         return []
     noun = f"{row_type.__name__.lower()}s"
@@ -571,6 +603,14 @@ def load_rows(path, header, *, row_type, split, source, held_out, recipes, token
                 return read_tensors(path, key)[1]
             except UserError as error:
                 print_rank0(f"{error}; made again")
+        try:
+            return make()
+        except OSError as error:
+            if error.filename:
+                raise
+            raise UserError(f"cannot make {path} of {source}: {error}") from None  # "No space left on device"
+
+    def make():
         counts = RowCounts()
         rows = tqdm(read_rows(source, held_out, recipes), desc="tokenizing", disable=not sys.stderr.isatty())
         found = tokenize_rows(rows, split, counts, tokenizer=tokenizer, vocab_size=vocab_size, max_length=max_length,
@@ -581,6 +621,9 @@ def load_rows(path, header, *, row_type, split, source, held_out, recipes, token
             report = f"{source}: {len(index)} {noun} of {counts}"
             if not index:
                 raise UserError(f"no usable {noun} in {report}")
+            if source_sha256(source) != header["sources"][source]:
+                raise UserError(f"{source} was rewritten while it was read: its rows are not those that the run's"
+                                " fingerprint says; run it again")
             ids = np.memmap(ids_file, np.int32, "r+")
             tensors = dict(ids=torch.as_tensor(ids), index=torch.tensor(index),
                            offsets=torch.tensor(offsets).view(len(index), -1))

@@ -56,14 +56,24 @@ def run_main(main):
         if int(os.environ.get("RANK", 0)) > 0:
             # Mostly rank 0 says the same, once: torchrun ends this rank as soon as rank 0 has exited.
             time.sleep(5)
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        get_error_handler().record_exception(error)  # torchrun's last lines repeat it
-        os._exit(getattr(error, "code", 1))  # no clean-up: it would wait for other ranks
+        end_with_error(error)
+    except RuntimeError as error:
+        # What a collective raises when another rank has died or hangs; gloo has no class of its own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        end_with_error(UserError(f"another rank has died, or was silent for --timeout seconds: {error}"))
     except KeyboardInterrupt:
         os._exit(130)  # before training there is nothing to save
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def end_with_error(error):
+    """Say it in one line and exit at once: a clean-up would wait for other ranks."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    get_error_handler().record_exception(error)  # torchrun's last lines repeat it
+    os._exit(getattr(error, "code", 1))
 
 
 def init_distributed(seed, timeout, threads):
@@ -72,6 +82,7 @@ def init_distributed(seed, timeout, threads):
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # PR_SET_PDEATHSIG: a worker whose torchrun was killed must not train on.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        check_torchrun()
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(seed)
     # cuDNN's attention can give NaN gradients under a mask (pytorch issue 196678) and plans anew for every shape.
@@ -90,6 +101,19 @@ def init_distributed(seed, timeout, threads):
         group |= dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(**group)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def check_torchrun():
+    """Raise UserError where torchrun was killed before it could be watched, while this worker was still importing: its
+    store is gone, and joining the group would wait for that until the timeout. (The parent's number says nothing: it is
+    1 of an orphan, and of a worker whose torchrun is a container's first process.)"""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return  # then the store is rank 0's own
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(address, timeout=60).close()
+    except OSError as error:
+        raise UserError(f"torchrun is gone, its store at {address[0]}:{address[1]} does not answer: {error}") from None
 
 
 def on_rank_0(function):
@@ -122,9 +146,12 @@ def lock_for_writing(path):
     except BlockingIOError:
         file.seek(0)
         raise UserError(f"{path} is being written by {file.read()}: wait for it, or choose another --out") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {lock}: {error}") from None
     HELD_LOCKS[path] = file
 
 
@@ -277,5 +304,5 @@ def read_tensors(path, key):
     tensors = {name: file.get_tensor(name) for name in file.keys()}
     if metadata.get("key") != key or metadata.get("sha256") != tensors_sha256(tensors):
         raise UserError(f"{path} is damaged, or of another model, tokenizer, data or precision (it says"
-                        f" {metadata.get('key')}, now {key}): delete it, or give another --out")
+                        f" {metadata.get('key')}, now {key}): move it away, or give another --out")
     return tensors, metadata["report"]

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoint import checkpoints, model_fingerprint, prune_checkpoints, verify_checkpoint
-from plumbing.data import TODAY
-from plumbing.process import (UserError, file_sha256, lock_for_writing, on_rank_0, parse_json, peak_memory_gb,
-                              print_rank0, read_text, to_json, write_text)
+from plumbing.checkpoint import (check_mark, checkpoints, model_fingerprint, prune_checkpoints, step_of,
+                                 verify_checkpoint)
+from plumbing.data import TODAY, source_sha256
+from plumbing.process import (UserError, fsync_and_chmod, lock_for_writing, on_rank_0, parse_json,
+                              peak_memory_gb, print_rank0, read_text, to_json, write_text)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -152,18 +153,22 @@ def run_header(script, args, world, device, models):
     """What a run must say of itself, the first line of metrics.jsonl, with fingerprints of its models {role: directory}
     and of its data, as cut (a Hub dataset is known by its name). `run` is the mark that its checkpoints bear."""
     models_sha256 = {directory: model_fingerprint(directory) for directory in {*models.values()}}  # mostly ref is model
-    parts = [args.data, args.eval_data, *args.data.split("+"), *args.eval_data.split("+")]
-    parts = dict.fromkeys(parts)  # each once, in this order
-    data = [file_sha256(part) if Path(part).is_file() else part for part in parts]
-    data = json.dumps([data, args.max_length, args.max_prompt_length, str(TODAY), args.chat_template_kwargs])
+    sources = {source: source_sha256(source) for source in (args.data, args.eval_data) if source}
+    data = [sources[args.data], sources.get(args.eval_data), args.max_length, args.max_prompt_length, str(TODAY),
+            args.chat_template_kwargs]
     header = dict(script=script, args=vars(args))
     header |= dict(commit=git_commit(), versions=dict(torch=torch.__version__, python=sys.version.split()[0]))
     header |= dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", world=world)
     header |= dict(chat_date=str(TODAY))
     header |= {role: models_sha256[directory] for role, directory in models.items()}
-    header |= dict(data=hashlib.sha256(data.encode()).hexdigest()[:16])
-    header |= dict(run=hashlib.sha256(json.dumps(identity(header), sort_keys=True).encode()).hexdigest()[:16])
+    header |= dict(data=json_sha256(data), sources=sources)
+    header |= dict(run=json_sha256(identity(header)))
     return header
+
+
+def json_sha256(content):
+    """Of what has a JSON form, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def model_card(header, model_class):
@@ -187,15 +192,21 @@ def model_card(header, model_class):
 
 
 def git_commit():
-    """Of this code."""
+    """Of this code; None where it is in no repository, or git is not installed."""
     here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()
+    try:
+        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def identity(header):
-    """What must be the same when a run resumes, {name: value}."""
+    """What must be the same when a run resumes, {name: value}: flags, and for those that name models and data the
+    fingerprints of what is there. A path may be spelled in another way."""
     same = {flag: value for flag, value in header["args"].items() if flag not in FREE_FLAGS}
+    for flag in ("model", "ref", "data", "eval_data"):
+        same.pop(flag, None)
     same["script"] = header["script"]
     for role in ("model", "ref", "data"):
         same[f"{role} fingerprint"] = header.get(role)
@@ -215,17 +226,32 @@ def checkpoint_to_resume(out, header):
         write_text(metrics, to_json(header) + "\n")
     check_same_run(out, header, read_text(metrics).split("\n"))
     # What a kill has left: half a checkpoint written or deleted.
-    for leftover in [*out.glob(".step_*"), out / ".final.tmp"]:
+    for leftover in [*out.glob(".step_*.tmp"), *out.glob(".step_*.old"), out / ".final.tmp"]:
         shutil.rmtree(leftover, ignore_errors=True)
-    if (out / "final").exists():
-        verify_checkpoint(out / "final", ours=True)
-        return out / "final"
     steps = checkpoints(out)
+    for directory in steps:
+        check_mark(directory, header["run"])
+    if (out / "final").exists():
+        check_mark(out / "final", header["run"])
+        verify_checkpoint(out / "final")
+        return out / "final"
     if not steps:
         return None
     if not (steps[-1] / "trainer").exists():
         raise UserError(f"{steps[-1]} keeps no optimizer state (--keep_state): there is nothing to resume from")
+    check_steps(out, steps)
     return steps[-1]
+
+
+def check_steps(out, steps):
+    """Raise UserError unless metrics.jsonl holds every step up to the newest of the checkpoints `steps`."""
+    _, rows, problem = read_metrics(out / "metrics.jsonl")
+    beyond = [directory for directory in steps if step_of(directory) > len(rows)]
+    if beyond:
+        names = " ".join(directory.name for directory in beyond)
+        remedy = "begin anew" if beyond == steps else f"go on from {steps[-len(beyond) - 1].name}"
+        raise UserError(f"{out / 'metrics.jsonl'} holds steps 1 to {len(rows)} alone ({problem}): restore it, or delete"
+                        f" {names} to {remedy}")
 
 
 def check_same_run(out, header, lines):
@@ -264,15 +290,31 @@ def open_tracker(kind, out, args):
         raise UserError(f"--track {kind}: {error}; it needs `pip install {kind}` and its key") from None
 
 
+def read_metrics(path):
+    """metrics.jsonl -> its header, the rows of steps 1, 2, .. as far as they follow each other, and what is wrong with
+    the line after them. Line 1 is the header, line k + 1 is of step k. Raises UserError where there is no header."""
+    lines = read_text(path).split("\n")
+    header = parse_json(lines[0], f"{path}:1")
+    rows = []
+    for number, line in enumerate(lines[1:], 2):
+        if not line:
+            return header, rows, f"line {number} is empty"  # the end of the file, if nothing is wrong with it
+        try:
+            row = parse_json(line, f"line {number}")
+        except UserError as error:
+            return header, rows, str(error)
+        if row.get("step") != len(rows) + 1:
+            return header, rows, f"line {number} is of step {row.get('step')!r}"
+        rows.append(row)
+    return header, rows, "its last line has no end"
+
+
 def open_metrics(path, header, resumed):
     """metrics.jsonl, ready for the lines after those of the checkpoint `resumed`: later ones will be written again, the
-    same. Line 0 is the header, line k step k."""
+    same."""
     lines = [to_json(header)]
     if resumed:
-        step = int(resumed.name.removeprefix("step_"))
-        lines = read_text(path).split("\n")[: step + 1]
-        if not lines[-1].startswith(f'{{"step": {step},'):
-            raise UserError(f"{path} does not hold steps 1 to {step}, a line each: restore it, or choose another --out")
+        lines = read_text(path).split("\n")[: step_of(resumed) + 1]  # which check_steps has looked at
     write_text(path, "\n".join(lines) + "\n")
     return path.open("a", buffering=1, encoding="utf-8")  # a line at a time
 
@@ -293,6 +335,7 @@ class StepLog:
     """What a run says of its steps, on rank 0: a line of metrics.jsonl each, the tracker, the screen and its bar."""
 
     def __init__(self, path, header, resumed, *, steps_done, total, log_every, track):
+        self.path = path
         self.total = total
         self.log_every = log_every
         self.track = track
@@ -314,9 +357,19 @@ class StepLog:
             print_rank0(line)
         self.bar.update()
 
-    def close(self):
+    def close(self, state):
+        """The end of the steps. Raises UserError where no update was applied: the model is the one it began with."""
         if self.rank == 0:
             self.bar.close()
+            sync_metrics(self.path.parent)
+        if not state["updates"]:
+            raise UserError(f"none of {state['step']} updates was applied: each loss or gradient was not finite, and"
+                            " the model is what it began as; look at it and at the data")
+
+
+def sync_metrics(out):
+    """A power cut must not leave a checkpoint whose lines are missing: they are on disk before it is."""
+    fsync_and_chmod(out / "metrics.jsonl")
 
 
 def count_step(state, *, applied, n_tokens):
@@ -353,6 +406,7 @@ def save_or_stop(out, state, signals, save, *, save_every, keep, keep_state):
     diverged = state["skipped_in_a_row"] == 10
     if signum or diverged or (save_every and step % save_every == 0):
         state["skipped_in_a_row"] %= 10  # whoever goes on after a divergence has ten more
+        on_rank_0(lambda: sync_metrics(out))
         save(out / f"step_{step:06d}")
         on_rank_0(lambda: prune_checkpoints(out, keep, keep_state))
     if diverged:

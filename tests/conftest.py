@@ -173,13 +173,14 @@ def randomize(model, seed):
 def load_rows(script, source, *limits, held_out=False):
     """The pairs or examples that a trainer makes of `source`, and its report of them. limits: tokenizer, vocab_size,
     max_length, max_prompt_length."""
+    from plumbing.data import source_sha256
     from plumbing.process import open_safetensors
 
     kind = script.Example if hasattr(script, "Example") else script.Pair
     split = script.split_example if hasattr(script, "Example") else script.split_pair
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "data.safetensors"
-        header = dict(model="m", data="d")
+        header = dict(model="m", data="d", sources={str(source): source_sha256(str(source))})
         names = ("tokenizer", "vocab_size", "max_length", "max_prompt_length")
         rows = script.load_rows(path, header, row_type=kind, split=split, source=str(source), held_out=held_out,
                                 recipes=script.RECIPES, **dict(zip(names, limits, strict=True)))

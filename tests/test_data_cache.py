@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import plumbing.data
 import train_pref
 import train_sft
+from plumbing.data import source_sha256
 from train_pref import Pair, UserError, load_rows, split_pair
 
 BOS, EOS = 256, 257
@@ -41,6 +42,7 @@ def data(tmp_path_factory):
 
 
 def load(out, data, tokenizer, header=HEADER, max_length=64, max_prompt_length=32):
+    header = header | dict(sources={str(data): source_sha256(str(data))})
     return load_rows(out / "data.safetensors", header, row_type=Pair, split=split_pair, source=str(data), held_out=False,
                      recipes={}, tokenizer=tokenizer, vocab_size=259, max_length=max_length,
                      max_prompt_length=max_prompt_length)

@@ -99,7 +99,7 @@ def test_greedy_equals_transformers_on_smollm(smollm, shared, process_group):
     model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
     posts = [row["prompt"] for _, row in itertools.islice(ev.read_jsonl(shared / "data" / "tldr_sft.jsonl.gz"), 2)]
     prompts = [tokenizer.encode(post, add_special_tokens=False)[-60:] for post in posts] + [tokenizer.encode("The capital of France is")]
-    stops = ev.sampling_stops(directory, tokenizer)
+    stops = sorted(ev.stop_ids(tokenizer))
     for prompt, completions in zip(prompts, sampled(policy, prompts, 2, 16, stops, temperature=0)):
         assert completions == [greedy_by_transformers(model, prompt, 16, stops)] * 2
 
@@ -319,6 +319,20 @@ def read(path):
     return [row for _, row in ev.read_jsonl(path)]
 
 
+def write_samples(path, rows):
+    """What `sample` would write, of a format that says so."""
+    path.write_text("".join(json.dumps(dict(format=2) | row) + "\n" for row in rows))
+    return path
+
+
+def bare_run(folder, ref, steps=1, **header):
+    """A preference run's folder with nothing but the header: trained against `ref`, without a checkpoint."""
+    folder.mkdir()
+    header = dict(pairs=8, steps=steps, args=dict(batch_size=8, model=str(ref)), ref=ev.model_fingerprint(ref)) | header
+    (folder / "metrics.jsonl").write_text(json.dumps(header) + "\n")
+    return folder
+
+
 def test_sample(run_script, policy_dir, prompt_file, tmp_path):
     run = run_script("evaluate")
     result = run(*sample_args(policy_dir, prompt_file, tmp_path / "s.jsonl")).ok()
@@ -385,8 +399,11 @@ def test_conversations_are_rendered(run_script, policy_dir, tmp_path):
                                                                dict(messages=[user, *answer, user, *answer]))))
     run_script("evaluate")(*sample_args(directory, data, tmp_path / "s.jsonl")).ok()
     rows = read(tmp_path / "s.jsonl")
-    assert [(row["prompt"], row["references"]) for row in rows] == [("[user]hi[assistant]", ["ho"]),
-                                                                   ("[user]hi[assistant]ho[user]hi[assistant]", ["ho"])]
+    assert [(row["prompt"], row["references"]) for row in rows] == [([user], ["ho"]), ([user, *answer, user], ["ho"])]
+    policy, tokenizer, _ = load(directory)  # what they are answers to is what the template makes of them
+    for row, text in zip(rows, ("[user]hi[assistant]", "[user]hi[assistant]ho[user]hi[assistant]")):
+        ids = sampled(policy, [tokenizer.encode(text, add_special_tokens=False)], 3, 12, [257], 0.7, 0.95)[0]
+        assert row["completions"] == [tokenizer.decode([i for i in y if i != 257]) for y in ids]
 
 
 # ------------------------------------------------------------------------------------------------------ the commands: label
@@ -420,7 +437,7 @@ def test_label(run_script, rm_dir, tmp_path):
                dict(prompt="three is longer:", completions=["x", "cut o"], stops=["</s>", None], index=2),
                dict(prompt="four:", completions=["", "y", "zz"], index=3)]
     path, run = tmp_path / "s.jsonl", run_script("evaluate")
-    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    write_samples(path, samples)
     label = lambda name, *more, **how: run("label", "--rm", rm_dir, "--samples", path, "--out", tmp_path / name, *more, **how)
     result = label("p.jsonl").ok()
     assert "2 pairs of 4 prompts" in result.out and "1 completions of equal reward" in result.out
@@ -453,8 +470,10 @@ def test_label(run_script, rm_dir, tmp_path):
     label("p.jsonl").refused("p.jsonl holds something else", "choose another --out")
     assert (tmp_path / "p.jsonl").read_bytes() == whole[:-20]
     label("p.jsonl", "--noise", "bt").refused("noise was 'none', is 'bt'")
-    path.write_text('{"prompt": "p"}\n')
+    path.write_text('{"prompt": "p", "format": 2}\n')
     label("bad.jsonl").refused(f"{path}:1", "as `sample` writes them")
+    path.write_text('{"prompt": "p", "completions": ["a", "b"]}\n')  # of a version that rendered conversations
+    label("bad.jsonl").refused(f"{path}:1", "no sample of format 2")
 
 
 def test_noise_is_as_people_would():
@@ -483,7 +502,7 @@ def test_labelled_pairs_train(run_script, policy_dir, prompt_file, rm_dir, tmp_p
     run = run_script("evaluate")
     (tmp_path / "gen.jsonl").write_text(prompt_file.read_text())
     samples = [dict(prompt=f"post {n}:", completions=[f" yes {n}", " no"], stops=["</s>", ""], index=n) for n in range(8)]
-    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    write_samples(tmp_path / "s.jsonl", samples)
     run("label", "--rm", rm_dir, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").ok()
     result = run_script("train_pref")("--model", policy_dir, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--batch_size", 4,
                                       "--max_length", 64, "--max_prompt_length", 32).ok()
@@ -516,6 +535,7 @@ def test_golden(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path):
 
     run, copy = run_script("evaluate"), shutil.copytree(run_dir, tmp_path / "run")
     argv = golden_args(policy_dir, rm_dir, prompt_file, copy)
+    samples_of = lambda row: copy / "golden_samples" / row["settings"] / f"{row['checkpoint']}.jsonl"
     (copy / "step_000004.bak").mkdir()
     run(*argv, "--keep_samples").ok()
     rows = read(copy / "golden.jsonl")
@@ -523,7 +543,7 @@ def test_golden(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path):
                                                                              ("step_000004", 4, 2.0)]  # final is step 4's weights
     assert rows[0]["kl"] == rows[0]["k1"] == rows[0]["sqrt_kl"] == 0 and rows[2]["kl"] > rows[1]["kl"] > 0.01
     for row in rows:
-        said = read(copy / "golden_samples" / f"{row['checkpoint']}.jsonl")
+        said = read(samples_of(row))
         shares = [np.mean([(a > b) + 0.5 * (a == b) for a in r["rewards"] for b in r["reference_rewards"]]) for r in said]
         lengths = [np.mean(r["n_tokens"]) for r in said]
         for name, values in (("win_rate", shares), ("length", lengths), ("reward", [np.mean(r["rewards"]) for r in said])):
@@ -533,7 +553,7 @@ def test_golden(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path):
         r = said[3]
         assert abs(r["reference_rewards"][0] - score_by_transformers(rm_dir, r["prompt"], r["references"][0])) < 1e-5
         assert abs(r["rewards"][1] - score_by_transformers(rm_dir, r["prompt"], r["completions"][1], r["stops"][1] is not None)) < 1e-5
-    assert len(read(copy / "golden_samples" / "reference.jsonl")[0]["references"]) == 2
+    assert len(read(samples_of(rows[0]))[0]["references"]) == 2
     # Again: nothing is computed. A line that was cut in two is made again, the others stay. Ranks and batches change nothing.
     before = (copy / "golden.jsonl").read_bytes()
     assert "0 checkpoints" in run(*argv).ok().out and (copy / "golden.jsonl").read_bytes() == before
@@ -548,6 +568,14 @@ def test_golden(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path):
     more = read(copy / "golden.jsonl")
     assert len(more) == 6 and {row["settings"] for row in more[3:]}.isdisjoint({row["settings"] for row in more[:3]})
     assert [row["protocol"]["seed"] for row in more] == [0, 0, 0, 1, 1, 1]
+    # Nothing left to do under the first: its rows come last, for plot; and each settings have samples of their own.
+    assert "0 checkpoints" in run(*argv).ok().out
+    assert read(copy / "golden.jsonl") == [*more[3:], *more[:3]]
+    kept = samples_of(rows[2]).read_bytes()
+    assert not samples_of(more[5]).exists()
+    assert "3 checkpoints" in run(*argv, "--seed", 1, "--keep_samples").ok().out
+    assert samples_of(more[5]).read_bytes() != kept == samples_of(rows[2]).read_bytes()
+    assert read(copy / "golden.jsonl") == more
 
 
 def test_golden_kl_against_transformers(policy_dir, run_dir, process_group):
@@ -566,13 +594,16 @@ def test_golden_kl_against_transformers(policy_dir, run_dir, process_group):
 
 def test_golden_refuses(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path, tiny_llama):
     run = run_script("evaluate")
+    before = {path: path.read_bytes() for path in run_dir.glob("golden*")}
     run(*golden_args(policy_dir, rm_dir, prompt_file, tmp_path)).refused(tmp_path, "metrics.jsonl")
     (tmp_path / "bare.jsonl").write_text('{"prompt": "p"}\n')
     run("golden", "--rm", rm_dir, "--ref", policy_dir, "--data", tmp_path / "bare.jsonl", run_dir).refused("without a response")
     run("golden", "--rm", policy_dir, "--ref", policy_dir, "--data", prompt_file, run_dir).refused("score.weight")
-    other = tiny_llama(tmp_path / "other", vocab_size=280)
-    run(*golden_args(other, rm_dir, prompt_file, run_dir)).refused("vocabulary of 272", "280")
-    assert not (run_dir / "golden.jsonl").exists() or "win_rate" in (run_dir / "golden.jsonl").read_text()
+    # Another reference than the run's: of another vocabulary, of other weights, and the toy's, where no flag is given.
+    for other in (tiny_llama(tmp_path / "larger", vocab_size=280), tiny_llama(tmp_path / "weights", seed=1)):
+        run(*golden_args(other, rm_dir, prompt_file, run_dir)).refused(run_dir, "another reference", other, policy_dir)
+    run("golden", "--n", 8, run_dir).refused(run_dir, "another reference", policy_dir)
+    assert {path: path.read_bytes() for path in run_dir.glob("golden*")} == before
 
 
 # ------------------------------------------------------------------------------------------------------ the commands: bench
@@ -627,7 +658,11 @@ def test_bench_alpaca_eval(run_script, policy_dir, tmp_path):
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "model_outputs.json").read_bytes()
     run(*argv, "--max_new_tokens", 7).refused("max_new_tokens was 6, is 7")
     (tmp_path / "q.json").write_text("[{}]")
-    run(*argv[:-1], tmp_path / "other.json").refused("q.json", "question 0: not one of alpaca_eval")
+    run(*argv[:-1], tmp_path / "other.json").refused("no answers", "1 not one of alpaca_eval", "q.json:1, question 0")
+    (tmp_path / "q.json").write_text(json.dumps([questions[0], {}, questions[2]]))  # one bad question: the others are asked
+    result = run(*argv[:-1], tmp_path / "some.json")
+    assert result.code == 1 and "2 answers to 3 questions; skipped: 1 not one of alpaca_eval" in result.out
+    assert [a["instruction"] for a in json.loads((tmp_path / "some.json").read_text())] == ["Say 0.", "Say 2."]
     for text in ('["Say 1."]', '[]', '3'):
         (tmp_path / "q.json").write_text(text)
         run(*argv[:-1], tmp_path / "other.json").refused("q.json", "not one of alpaca_eval")
@@ -683,8 +718,8 @@ def test_a_samples_stop_is_kept_apart(run_script, chat_dirs, tmp_path):
                            "--max_new_tokens", 60, "--temperature", 1, "--top_p", 1).ok()
     (row,) = read(tmp_path / "s.jsonl")
     policy, tokenizer, _ = load(policy_dir)
-    prompt = [256, *ids_of(policy_dir, "[user]hi"), EOT, *ids_of(policy_dir, "[assistant]")]
-    assert row["prompt"] == "[user]hi<|eot|>[assistant]" and set(row["stops"]) == {"</s>", "<|eot|>", None}
+    prompt = [*ids_of(policy_dir, "[user]hi"), EOT, *ids_of(policy_dir, "[assistant]")]  # the template writes no BOS
+    assert row["prompt"] == [dict(role="user", content="hi")] and set(row["stops"]) == {"</s>", "<|eot|>", None}
     for text, stop, n, ids in zip(row["completions"], row["stops"], row["n_tokens"], sampled(policy, [prompt], 300, 60, [257, EOT])[0]):
         assert n == len(ids) and stop == {257: "</s>", EOT: "<|eot|>"}.get(ids[-1]) and (stop or n == 60)
         assert text == tokenizer.decode(ids[: len(ids) - (stop is not None)], clean_up_tokenization_spaces=False)
@@ -697,11 +732,11 @@ def test_labels_are_of_what_was_said(run_script, chat_dirs, tmp_path):
     _, rm_dir = chat_dirs
     rows = [dict(prompt="sum:", completions=["4", "5"], stops=["<|eot|>", "</s>"]), dict(prompt="sum:", completions=["6", "7"], stops=["", "<x>"]),
             dict(prompt=[dict(role="user", content="hi")], completions=["8", "9"], stops=["", ""])]
-    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_samples(tmp_path / "s.jsonl", rows)
     run_script("evaluate")("label", "--rm", rm_dir, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").ok()
     of = lambda *parts: [256, *itertools.chain.from_iterable([part] if isinstance(part, int) else ids_of(rm_dir, part) for part in parts)]
     ids = {"4": of("sum:4", EOT), "5": of("sum:5", 257), "6": of("sum:6", 257), "7": of("sum:7", 257),  # <x> is no token here
-           "8": of("[user]hi", EOT, "[assistant]8", EOT), "9": of("[user]hi", EOT, "[assistant]9", EOT)}
+           "8": of("[user]hi", EOT, "[assistant]8", EOT)[1:], "9": of("[user]hi", EOT, "[assistant]9", EOT)[1:]}
     exact = {text: reward_of_ids(rm_dir, of_text) for text, of_text in ids.items()}
     for row, found in zip(rows, read(tmp_path / "p.scores.jsonl")):
         assert found["rewards"] == pytest.approx([exact[text] for text in row["completions"]], abs=1e-5)
@@ -714,20 +749,18 @@ def test_labels_are_of_what_was_said(run_script, chat_dirs, tmp_path):
         assert (pair["chosen"], pair["rejected"]) == (written[best], written[worst])
 
 
-def test_references_end_as_the_template_ends_them(run_script, chat_dirs, run_dir, tmp_path):
+def test_references_end_as_the_template_ends_them(run_script, chat_dirs, tmp_path):
     """The response of a conversation: plain text in the rows, scored with the template's stop."""
     policy_dir, rm_dir = chat_dirs
-    import shutil
-
-    run = shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("golden*"))
+    run = bare_run(tmp_path / "run", policy_dir)
     (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=[dict(role="user", content="hi")],
                                                       completion=[dict(role="assistant", content="ho")])) + "\n")
     result = run_script("evaluate")("golden", "--rm", rm_dir, "--ref", policy_dir, "--data", tmp_path / "d.jsonl", "--n", 8,
                                     "--max_new_tokens", 12, "--keep_samples", run).ok()
     assert "1 prompts of 1 rows" in result.out
-    (row,) = read(run / "golden_samples" / "reference.jsonl")
+    (row,) = read(next((run / "golden_samples").rglob("reference.jsonl")))
     assert row["references"] == ["ho"]
-    ids = [256, *ids_of(rm_dir, "[user]hi"), EOT, *ids_of(rm_dir, "[assistant]ho"), EOT]
+    ids = [*ids_of(rm_dir, "[user]hi"), EOT, *ids_of(rm_dir, "[assistant]ho"), EOT]
     assert row["reference_rewards"] == pytest.approx([reward_of_ids(rm_dir, ids)], abs=1e-5)
 
 
@@ -735,16 +768,14 @@ def test_refused_prompts_are_counted(run_script, chat_dirs, tmp_path):
     """A template that refuses a prompt, or a later turn of it: that one is left out, with its place, and the others are not."""
     policy_dir, rm_dir = chat_dirs
     run, user = run_script("evaluate"), lambda text: [dict(role="user", content=text)]
-    samples = [dict(prompt=user(text), completions=["8", "9"]) for text in ("hi", "no", "hey")]
-    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    write_samples(tmp_path / "s.jsonl", [dict(prompt=user(text), completions=["8", "9"]) for text in ("hi", "no", "hey")])
     result = run("label", "--rm", rm_dir, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").ok()
     assert "2 pairs of 3 prompts; skipped: 1 refused by the chat template" in result.out and f"(first {tmp_path / 's.jsonl'}:2)" in result.out
     result = run("sample", "--model", policy_dir, "--data", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--max_new_tokens", 3).ok()
     assert "2 prompts of 3 rows; skipped: 1 refused by the chat template" in result.out
     rows = [dict(prompt=user(text), completion=[dict(role="assistant", content="8")]) for text in ("hi", "no", "hey")]
     (tmp_path / "h.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(dict(pairs=1, steps=1, args=dict(batch_size=1))) + "\n")
+    bare_run(tmp_path / "run", policy_dir)
     result = run("golden", "--rm", rm_dir, "--ref", policy_dir, "--data", tmp_path / "h.jsonl", "--max_new_tokens", 3,
                  tmp_path / "run").ok()
     assert "2 prompts of 3 rows; skipped: 1 refused by the chat template" in result.out
@@ -752,8 +783,8 @@ def test_refused_prompts_are_counted(run_script, chat_dirs, tmp_path):
     questions = [dict(question_id=n, category="math", turns=turns) for n, turns in enumerate((["hi", "ho"], ["no", "ho"], ["hi", "no"]))]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     result = run("bench", "--suite", "mt_bench", "--model", policy_dir, "--questions", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl",
-                 "--max_new_tokens", 3, "--max_prompt_length", 99).ok()
-    assert "1 answers to 3 questions; skipped: 2 refused by the chat template" in result.out
+                 "--max_new_tokens", 3, "--max_prompt_length", 99)
+    assert result.code == 1 and "1 answers to 3 questions; skipped: 2 refused by the chat template" in result.out
     assert [row["question_id"] for row in read(tmp_path / "a.jsonl")] == [0]
 
 
@@ -765,9 +796,9 @@ def test_equal_responses_tie(rm_dir, process_group, batch_size):
     known, model = {}, ev.load_model(str(rm_dir), ev.RewardModel, "fp32", CPU)[0]
     texts = [f"post {'x' * (7 * n)}:" for n in range(6)]
     prompts, ys = [[256, *text.encode()] for text in texts], [[[70, 71, 257], [72, 257], [70, 71, 257]]] * 6
-    args = SimpleNamespace(batch_size=batch_size)
-    first = ev.score(model, prompts, ys, args, known, "")
-    second = ev.score(model, prompts[::-1], [[[72, 257], [75] * 30, [70, 71, 257]]] * 6, args, known, "")[::-1]
+    args = SimpleNamespace(batch_size=batch_size, rm="rm")
+    first = ev.score(model, prompts, ys, texts, args, known, "")
+    second = ev.score(model, prompts[::-1], [[[72, 257], [75] * 30, [70, 71, 257]]] * 6, texts, args, known, "")[::-1]
     for x, one, two in zip(prompts, first, second):
         assert one[0] == one[2] == two[2] and one[1] == two[0] and one[0] != one[1]
         assert abs(one[0] - reward_of_ids(rm_dir, x + [70, 71, 257])) < 1e-5
@@ -781,12 +812,269 @@ def test_a_policy_ties_with_its_own_words(run_script, tmp_path):
     assert len(rows) > 20
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for batch_size in (2, 6, 64):
-        folder = tmp_path / f"run{batch_size}"
-        folder.mkdir()
-        (folder / "metrics.jsonl").write_text(json.dumps(dict(pairs=8, steps=1, args=dict(batch_size=8))) + "\n")
+        folder = bare_run(tmp_path / f"run{batch_size}", TOY / "sft")
         run("golden", "--preset", "toy", "--data", tmp_path / "d.jsonl", "--temperature", 0, "--batch_size", batch_size, folder).ok()
         (row,) = read(folder / "golden.jsonl")
         assert (row["win_rate"], row["win_rate_se"]) == (0.5, 0.0)
+
+
+# --------------------------------------------------------------------------- a conversation, as each model's template has it
+# Another family's: it trims what is said, writes BOS and other marks, and a line break after its stop.
+RM_CHAT = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<|eot|>\n{% endfor %}"
+           "{% if add_generation_prompt %}<assistant>{% endif %}")
+TOOLS = [dict(type="function", function=dict(name="look", description="look up", parameters=dict(type="object", properties={})))]
+
+
+@pytest.fixture(scope="module")
+def other_rm(rm_dir, tmp_path_factory):
+    """The reward model with a template of its own."""
+    import shutil
+
+    directory = shutil.copytree(rm_dir, tmp_path_factory.mktemp("other") / "rm")
+    byte_tokenizer(directory, chat_template=RM_CHAT, additional_special_tokens=["<|eot|>"])
+    return directory
+
+
+def rendered_ids(directory, messages, **how):
+    """What transformers makes of a conversation, in ids."""
+    return AutoTokenizer.from_pretrained(directory).apply_chat_template(messages, tokenize=True, return_dict=False, **how)
+
+
+def test_a_conversation_is_rendered_by_its_reader(run_script, chat_dirs, other_rm, tmp_path):
+    """sample -> label: the policy reads the prompt by its template, the reward model all of it by its own, as transformers
+    renders them; the pair is messages, as TRL reads it; a cut completion has no stop, and an empty one nothing else."""
+    policy_dir, _ = chat_dirs
+    run, user = run_script("evaluate"), [dict(role="user", content="hi "), dict(role="assistant", content="ho"), dict(role="user", content="x")]
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=user, tools=TOOLS)) + "\n")
+    run("sample", "--model", policy_dir, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s.jsonl", "--k", 40, "--max_new_tokens", 60,
+        "--temperature", 1, "--top_p", 1).ok()
+    (sample,) = read(tmp_path / "s.jsonl")
+    assert sample["prompt"] == user and sample["tools"] == TOOLS
+    policy = load(policy_dir)[0]
+    prompt = rendered_ids(policy_dir, user, tools=TOOLS, add_generation_prompt=True)
+    assert sample["n_tokens"] == [len(y) for y in sampled(policy, [prompt], 40, 60, [257, EOT])[0]]
+    said = [" one ", "two", "three", ""]
+    rows = [dict(sample, completions=said, stops=["</s>", "<|eot|>", None, "<|eot|>"], n_tokens=[1] * 4)]
+    run("label", "--rm", other_rm, "--samples", write_samples(tmp_path / "t.jsonl", rows), "--out", tmp_path / "p.jsonl").ok()
+    exact = []
+    for text in said[:3]:
+        ids = rendered_ids(other_rm, user + [dict(role="assistant", content=text)])
+        assert ids[-2:] == [EOT, *ids_of(other_rm, "\n")]
+        exact.append(reward_of_ids(other_rm, ids[:-2] if text == "three" else ids[:-1]))  # the line break is nobody's to say
+    exact.append(reward_of_ids(other_rm, rendered_ids(other_rm, user, add_generation_prompt=True) + [EOT]))
+    assert read(tmp_path / "p.scores.jsonl")[0]["rewards"] == pytest.approx(exact, abs=1e-5)
+    (pair,) = read(tmp_path / "p.jsonl")
+    best, worst = (" one ", "two") if exact[0] > exact[1] else ("two", " one ")
+    assert pair["prompt"] == user and pair["tools"] == TOOLS
+    assert pair["chosen"] == [dict(role="assistant", content=best)] and pair["rejected"] == [dict(role="assistant", content=worst)]
+
+
+def test_golden_of_a_conversation(run_script, chat_dirs, other_rm, tmp_path):
+    """Its prompt by the reference's template, what is said and the data's response by the reward model's."""
+    policy_dir, _ = chat_dirs
+    user = [dict(role="user", content="hi")]
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=user, completion=[dict(role="assistant", content=" ho")])) + "\n")
+    run = bare_run(tmp_path / "run", policy_dir)
+    run_script("evaluate")("golden", "--rm", other_rm, "--ref", policy_dir, "--data", tmp_path / "d.jsonl", "--max_new_tokens", 12, "--keep_samples",
+                           "--temperature", 0, "--k", 1, run).ok()
+    (row,) = read(next((run / "golden_samples").rglob("reference.jsonl")))
+    ids = sampled(load(policy_dir)[0], [rendered_ids(policy_dir, user, add_generation_prompt=True)], 1, 12, [257, EOT], temperature=0)[0][0]
+    assert row["n_tokens"] == [len(ids)] and row["prompt"] == user and row["references"] == [" ho"]
+    answer = lambda text: rendered_ids(other_rm, user + [dict(role="assistant", content=text)])
+    ours = answer(row["completions"][0])[: -1 if row["stops"][0] else -2]
+    assert row["rewards"] == pytest.approx([reward_of_ids(other_rm, ours)], abs=1e-5)
+    assert row["reference_rewards"] == pytest.approx([reward_of_ids(other_rm, answer(" ho")[:-1])], abs=1e-5)
+
+
+ZEPHYR = ("{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_round_trip(run_script, stories, tmp_path, chat):
+    """sample -> label -> train_pref with a SentencePiece tokenizer: the trainer reads the prompt that the policy was given and
+    the ids that it said, stop and all. Of a sampled text that is another way to spell it, it reads the tokenizer's way."""
+    import shutil
+
+    from conftest import load_rows, randomize
+    from transformers import LlamaForSequenceClassification
+
+    import train_pref
+
+    directory, rm = shutil.copytree(stories, tmp_path / "m"), tmp_path / "rm"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    full_stop = tokenizer.encode("a.", add_special_tokens=False)[-1]
+    if chat:
+        tokenizer.chat_template = ZEPHYR
+        tokenizer.save_pretrained(directory)
+    else:  # where generation stops besides EOS, training does
+        (directory / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[tokenizer.eos_token_id, full_stop])))
+    model = LlamaForSequenceClassification(LlamaConfig.from_pretrained(stories, num_labels=1, pad_token_id=0)).float()
+    randomize(model, 3)
+    model.save_pretrained(rm)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (directory / name).exists():
+            shutil.copy(directory / name, rm)
+    texts = ["Once upon a time", "The cat", "Lily and Tom went to the", "One day, a big"]
+    prompts = [[dict(role="user", content=text)] if chat else text for text in texts]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(dict(prompt=prompt)) + "\n" for prompt in prompts))
+    run = run_script("evaluate")
+    run("sample", "--model", directory, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s.jsonl", "--k", 6, "--max_new_tokens", 60).ok()
+    samples = read(tmp_path / "s.jsonl")
+    if chat:  # it has not learned to end a turn: what it said is taken as ended where it was cut
+        for row in samples:
+            row["stops"] = ["</s>"] * 6
+        write_samples(tmp_path / "s.jsonl", samples)
+    run("label", "--rm", rm, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").ok()
+    policy, own, _ = load(directory)
+    pairs, report = load_rows(train_pref, tmp_path / "p.jsonl", own, 512, 400, 200)
+    assert len(pairs) == 4, report
+    n_same = 0
+    for pair, written, row, prompt in zip(pairs, read(tmp_path / "p.jsonl"), samples, prompts):
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) if chat else tokenizer(prompt)["input_ids"]
+        assert pair.prompt == ids
+        said = sampled(policy, [ids], 6, 60, sorted(ev.stop_ids(own)), 0.7, 0.95)[0]
+        assert row["n_tokens"] == [len(y) for y in said]
+        for response, written_text in ((pair.chosen, written["chosen"]), (pair.rejected, written["rejected"])):
+            text = written_text[0]["content"] if chat else written_text
+            j = next(j for j, (t, stop) in enumerate(zip(row["completions"], row["stops"])) if t + ("" if chat or stop == "</s>" else stop or "") == text)
+            y = said[j] + ([tokenizer.eos_token_id] if chat and said[j][-1] != tokenizer.eos_token_id else [])
+            assert response[-1] == y[-1] and own.decode(response) == own.decode(y)
+            n_same += response == y
+    assert n_same >= 6
+
+
+def test_a_reward_model_without_a_template(run_script, rm_dir, policy_dir, tmp_path):
+    rows = [dict(prompt=[dict(role="user", content="hi")], completions=["a", "b"])]
+    run_script("evaluate")("label", "--rm", rm_dir, "--samples", write_samples(tmp_path / "s.jsonl", rows), "--out", tmp_path / "p.jsonl").refused(
+        rm_dir, "has no chat template", "conversations")
+    assert not (tmp_path / "p.jsonl").exists()
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=rows[0]["prompt"])) + "\n")
+    run_script("evaluate")("sample", "--model", policy_dir, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "t.jsonl").refused(
+        policy_dir, "has no chat template", "conversations")
+
+
+def test_a_token_that_the_model_lacks(run_script, policy_dir, tmp_path):
+    """The tokenizer has 20 more, the model 13 more than the 259: a row that spells one of the last is left out, and counted."""
+    import shutil
+
+    directory = shutil.copytree(policy_dir, tmp_path / "m")
+    byte_tokenizer(directory, additional_special_tokens=[f"<t{k}>" for k in range(20)])
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(dict(prompt=text)) + "\n" for text in ("a <t0>", "b <t19>", "c")))
+    result = run_script("evaluate")(*sample_args(directory, tmp_path / "d.jsonl", tmp_path / "s.jsonl")).ok()
+    assert "2 prompts of 3 rows; skipped: 1 token outside the vocabulary of 272" in result.out and f"(first {tmp_path}/d.jsonl:2)" in result.out
+    assert [row["prompt"] for row in read(tmp_path / "s.jsonl")] == ["a <t0>", "c"]
+
+
+def test_sampling_settings_of_the_model_are_said_to_be_ignored(run_script, policy_dir, prompt_file, tmp_path):
+    """Greedy text is transformers' without the penalty, and the screen says so, once."""
+    import shutil
+
+    directory = shutil.copytree(policy_dir, tmp_path / "m")
+    asks = dict(bos_token_id=256, eos_token_id=257, repetition_penalty=1.3, no_repeat_ngram_size=3, max_length=20)
+    (directory / "generation_config.json").write_text(json.dumps(asks))
+    result = run_script("evaluate")(*sample_args(directory, prompt_file, tmp_path / "s.jsonl", "--temperature", 0, "--n", 2)).ok()
+    assert result.out.count("ignored") == 1 and "repetition_penalty 1.3, no_repeat_ngram_size 3" in result.out and "max_length" not in result.out
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 1.0, 0
+    for row in read(tmp_path / "s.jsonl"):
+        ids = greedy_by_transformers(model, AutoTokenizer.from_pretrained(directory)(row["prompt"])["input_ids"], 12, 257)
+        assert row["completions"][0] == load(policy_dir)[1].decode([i for i in ids if i != 257])
+
+
+# ---------------------------------------------------------------------------------------- finite or refused, one bad checkpoint
+def spoiled(directory, to, name, value=math.nan):
+    """A copy of a model with one weight that is not finite."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(directory, to)
+    weights = load_file(to / "model.safetensors")
+    weights[name].view(-1)[0] = value
+    save_file(weights, to / "model.safetensors", dict(format="pt"))
+    return to
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_policy_that_is_not_finite(run_script, policy_dir, prompt_file, tmp_path, temperature, value):
+    bad = spoiled(policy_dir, tmp_path / "m", "model.norm.weight", value)
+    run_script("evaluate")(*sample_args(bad, prompt_file, tmp_path / "s.jsonl", "--temperature", temperature)).refused(
+        bad, "logits are not finite", "row 0 of the data")
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_an_id_that_is_masked_is_finite(tiny_llama, tmp_path, process_group):
+    """Logits of -inf, of ids that a model never says, are no fault: they are not drawn, and the others are."""
+    policy = load(tiny_llama(tmp_path / "m"))[0]
+    original = policy.logits
+    policy.logits = lambda hidden: original(hidden).index_fill(1, torch.arange(250), -math.inf)
+    (ys,) = sampled(policy, [[5, 6, 7]], 4, 12, [])
+    assert all(y is not None and min(y) >= 250 for y in ys)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_model_that_is_not_finite(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path, value):
+    import shutil
+
+    bad = spoiled(rm_dir, tmp_path / "rm", "score.weight", value)
+    write_samples(tmp_path / "s.jsonl", [dict(prompt="one:", completions=["a", "bb"])])
+    run_script("evaluate")("label", "--rm", bad, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl").refused(
+        bad, "reward is not finite", f"{tmp_path}/s.jsonl:1")
+    assert not (tmp_path / "p.jsonl").exists() and not (tmp_path / "p.scores.jsonl").exists()
+    copy = shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("golden*"))
+    run_script("evaluate")(*golden_args(policy_dir, bad, prompt_file, copy)).refused(bad, "reward is not finite", "row 0")
+    assert not (copy / "golden.jsonl").exists()
+
+
+def test_one_bad_checkpoint_or_run(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path):
+    """A checkpoint of NaN, a cut one, one of another run, and a folder that is no run: each is said with what is wrong, exit
+    code 1, and all others are evaluated; once it is mended, the same command evaluates the rest."""
+    import shutil
+
+    copy, other = (shutil.copytree(run_dir, tmp_path / name, ignore=shutil.ignore_patterns("golden*")) for name in ("run", "other"))
+    shutil.rmtree(copy / "step_000002")
+    spoiled(run_dir / "step_000002", copy / "step_000002", "model.norm.weight")
+    (copy / "step_000002" / "manifest.json").unlink()
+    shutil.rmtree(copy / "step_000002" / "trainer", ignore_errors=True)
+    shutil.copytree(run_dir / "step_000004", copy / "step_000003")
+    manifest = json.loads((copy / "step_000003" / "manifest.json").read_text())
+    (copy / "step_000003" / "manifest.json").write_text(json.dumps(manifest | dict(run="0123456789abcdef")))
+    weights = other / "step_000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = run_script("evaluate")(*golden_args(policy_dir, rm_dir, prompt_file, other, tmp_path / "nothing", copy))
+    assert result.code == 1 and "Traceback" not in result.err and "4 runs or checkpoints could not be evaluated" in result.err
+    for words in (f"failed: {copy}/step_000002: ", f"failed: {copy}/step_000003 is a checkpoint of another run", "failed: " + str(tmp_path / "nothing"),
+                  f"failed: {other}/step_000004"):
+        assert words in result.out, words
+    assert [row["step"] for row in read(copy / "golden.jsonl")] == [0, 4] and [row["step"] for row in read(other / "golden.jsonl")] == [0, 2]
+    shutil.rmtree(other / "step_000004")
+    shutil.copytree(run_dir / "step_000004", other / "step_000004")
+    run_script("evaluate")(*golden_args(policy_dir, rm_dir, prompt_file, other)).ok()
+    assert [row["step"] for row in read(other / "golden.jsonl")] == [0, 2, 4]
+
+
+def test_golden_goes_on_to_the_same_bytes(run_script, tmp_path):
+    """Checkpoints that mostly say what the reference says: what was computed before must not decide which rewards are computed
+    together. Killed after any row, or asked for one run alone, the rows are the same to the last bit."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    run = bare_run(tmp_path / "run", TOY / "sft", steps=3)
+    for step in (1, 2, 3):
+        shutil.copytree(TOY / "sft", run / f"step_{step:06d}", ignore=shutil.ignore_patterns("manifest.json"))
+        weights = load_file(TOY / "sft" / "model.safetensors")
+        save_file({name: weight * (1 + 0.01 * step) for name, weight in weights.items()}, run / f"step_{step:06d}" / "model.safetensors")
+    argv = ["golden", "--preset", "toy", "--n", 24, "--max_new_tokens", 24, "--batch_size", 16, run]
+    run_script("evaluate")(*argv).ok()
+    whole = (run / "golden.jsonl").read_bytes()
+    rows = whole.splitlines(keepends=True)
+    for n_left in (1, 2, 3):
+        (run / "golden.jsonl").write_bytes(b"".join(rows[:n_left]) + rows[n_left][:50])
+        run_script("evaluate")(*argv).ok()
+        assert (run / "golden.jsonl").read_bytes() == whole
 
 
 # -------------------------------------------------------------------------------------------- files of others, and two at once
@@ -820,7 +1108,7 @@ def test_rows_that_stand_twice(run_script, policy_dir, prompt_file, tmp_path):
 
 def test_files_of_others_are_left_alone(run_script, policy_dir, rm_dir, prompt_file, tmp_path):
     run = run_script("evaluate")
-    (tmp_path / "s.jsonl").write_text(json.dumps(dict(prompt="p", completions=["a", "b"])) + "\n")
+    write_samples(tmp_path / "s.jsonl", [dict(prompt="p", completions=["a", "b"])])
     (tmp_path / "mine.jsonl").write_text("my notes")
     (tmp_path / "mine.json").write_text("[]")
     (tmp_path / "q.json").write_text(json.dumps([dict(instruction="Say 1.")]))

@@ -26,7 +26,8 @@ KEY = "sk-test-3f9a51c07be2d846"
 # -------------------------------------------------------------------------------------------------------------- the server
 class Server(http.server.ThreadingHTTPServer):
     """Calls behave(request, nth), where nth counts how often the same body has come, for every request -> a text to answer
-    with, or a fault: (status, headers) or "cut", "truncated", "page", "hang"."""
+    with, a dict of what a reply holds besides, bytes to send, or a fault: (status, headers) or "cut", "truncated", "page",
+    "hang", "drip", a byte a quarter of a second."""
 
     daemon_threads, block_on_close, request_queue_size = True, False, 64
 
@@ -68,8 +69,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(server.latency)
         with server.lock:
             server.under_way -= 1
+        if isinstance(answer, bytes):
+            return self.send(200, answer)
+        if answer == "drip":
+            self.send(200, b"", length=10**6)
+            while not server.released.wait(0.25):
+                self.wfile.write(b" ")
+                self.wfile.flush()
         if isinstance(answer, tuple):
             message = f"refused, your key {self.headers['Authorization']} notwithstanding"
+            if len(answer) > 1 and isinstance(answer[1], str):  # the server's own words
+                message, answer = answer[1], answer[:1]
             return self.send(answer[0], json.dumps(dict(error=dict(message=message))).encode(), **dict(answer[1:]))
         if answer == "page":
             return self.send(200, b"<html>a proxy</html>", **{"Content-Type": "text/html"})
@@ -78,7 +88,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choice = dict(index=0, message=dict(role="assistant", content=text["text"]), finish_reason=text["finish_reason"])
         else:
             choice = dict(index=0, text=text["text"], finish_reason=text["finish_reason"])
-        reply = dict(id="1", object="x", created=0, model="judge-2026", choices=[choice])
+        reply = dict(id="1", object="x", created=0, model=text.get("model", "judge-2026"), choices=[choice])
         if "usage" in text:
             reply["usage"] = dict(prompt_tokens=1, completion_tokens=text["usage"], total_tokens=1)
         payload = json.dumps(reply).encode()
@@ -143,7 +153,7 @@ def read_jsonl(path):
 
 def samples(path, n, k=1, ours="good {}", theirs="bad {}"):
     """n prompts with k completions each."""
-    row = lambda i: dict(prompt=f"\n\nHuman: question {i}?\n\nAssistant:", references=[theirs.format(i)],
+    row = lambda i: dict(format=2, prompt=f"\n\nHuman: question {i}?\n\nAssistant:", references=[theirs.format(i)],
                          completions=[f"{ours.format(i)} {j}" for j in range(k)], ended=[True] * k)
     return write_jsonl(path, map(row, range(n)))
 
@@ -188,7 +198,7 @@ def test_table_2(shared):
 
 def test_texts_are_sent_as_they_are(server, tmp_path):
     """Braces and backslashes are no template's; blanks around a text are gone; an empty completion is judged."""
-    row = dict(prompt=" {prompt} \\n {a}", completions=["  {b} good", ""], references=[" {0} ", "unused"])
+    row = dict(format=2, prompt=" {prompt} \\n {a}", completions=["  {b} good", ""], references=[" {0} ", "unused"])
     assert judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", [row]))["scored"] == 2
     for (path, request), ours in zip(sorted(server.requests, key=lambda r: "{b}" not in content(r[1])), ("{b} good", "")):
         assert path == "/v1/chat/completions" and request["temperature"] == 0 and request["model"] == "gpt-4o-mini"
@@ -197,8 +207,8 @@ def test_texts_are_sent_as_they_are(server, tmp_path):
 
 
 @pytest.mark.parametrize("text, choice", [
-    ("Comparison: A is better.\nMore helpful: A", "A"), ('Comparison: x\n\nMore helpful: "B"\n', "B"), ("**Preferred:** B.", "B"),
-    ("MORE HELPFUL: Response A", "A"), ("Comparison: fine\nB", "B"), ("__A__", "A"), ("Preferred: Summary B", "B"),
+    ("Comparison: A is better.\nMore helpful: A", "A"), ('Comparison: x\n\nMore helpful: "B"\n', "B"), ("**More helpful:** B.", "B"),
+    ("MORE HELPFUL: Response A", "A"), ("Comparison: fine\nB", "B"), ("__A__", "A"), ("Preferred: Summary B", None),
     ("Response A:\nquoted\nResponse B:\nquoted\nMore helpful: B", "B"), ("", None), ("Both are fine.", None),
     ("More helpful: A or B", None), ("More helpful: A\nMore helpful: B", "B"), ("More helpful: a", None), ("A\nB", "B"),
     ("One said \"Preferred: B\"\nPreferred: B\n\nThat is wrong.\n\nA", "A"), ("More helpful: B\n\nThank you.", "B"),
@@ -209,7 +219,7 @@ def test_parse_choice(text, choice):
 
 
 @pytest.mark.parametrize("text, rating", [
-    ("Rating: [[5]]", 5), ("[[7.5]] and [[2]]", 7.5), ("so [6]", 6), ("[3] of its points: [[8]]", 8), ("[[10.0]]", 10),
+    ("Rating: [[5]]", 5), ("[[7.5]] and [[2]]", 7.5), ("so [6]", None), ("as in [1]", None), ("[3] of its points: [[8]]", 8), ("[[10.0]]", 10),
     ("[[10]]", 10), ("[[1]]", 1), ("Rating: 5", None), ("[[0]]", None), ("[[11]]", None), ("[[85]]", None),
     ("[[-3]]", None), ("[[five]]", None), ("", None), ("[[" + "1" * 10**6, None), ("[[1" * 10**6, None)])
 def test_parse_rating(text, rating):
@@ -264,8 +274,8 @@ def test_error_is_that_of_prompts(server, tmp_path):
 
 
 def test_what_has_no_opponent(server, tmp_path):
-    ours = [dict(prompt=p, completions=["good", "good"]) for p in "abc"]
-    theirs = [dict(prompt="c", completions=["x", "good good"]), dict(prompt="a", completions=["x"])]
+    ours = [dict(format=2, prompt=p, completions=["good", "good"]) for p in "abc"]
+    theirs = [dict(format=2, prompt=p, completions=said) for p, said in (("c", ["x", "good good"]), ("a", ["x"]))]
     flags = dict(samples=write_jsonl(tmp_path / "ours", ours), against=write_jsonl(tmp_path / "theirs", theirs))
     result = judge(server, tmp_path, **flags)
     assert result["unmatched"] == 3  # both of b, the second of a
@@ -276,7 +286,7 @@ def test_what_has_no_opponent(server, tmp_path):
 
 def test_equal_completions(server, tmp_path):
     """Two completions of a prompt are two verdicts, though their texts be equal; a row that stands twice is one."""
-    rows = [dict(prompt=f"question {i}", completions=["good", "good"], references=["bad"]) for i in range(8)]
+    rows = [dict(format=2, prompt=f"question {i}", completions=["good", "good"], references=["bad"]) for i in range(8)]
     assert judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", rows))["scored"] == 16 == len(server.requests)
     result = judge(server, tmp_path, samples=write_jsonl(tmp_path / "s", rows + rows))
     assert (result["scored"], result["prompts"], len(server.requests)) == (16, 8, 16)
@@ -344,13 +354,126 @@ def test_a_server_that_is_down_is_left_alone(server, tmp_path, monkeypatch):
     assert len(server.requests) == 100
 
 
-@pytest.mark.parametrize("status", [400, 404])
+@pytest.mark.parametrize("status", [307, 401, 403, 404])
 def test_refusals_stop_the_run(server, tmp_path, status):
     server.reset(lambda request, nth: (status,))
     with pytest.raises(evaluate.UserError, match=f"{server.url} refuses a request.*{status}") as error:
         judge(server, tmp_path, samples=samples(tmp_path / "s", 50), concurrency=2)
     assert len(server.requests) <= 4
     no_key(tmp_path, str(error.value))
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_request_that_is_refused(server, tmp_path, status):
+    """By a content filter, or as too long: one failed item, asked again by the next run; all others are judged."""
+    refused = lambda request, nth: (status,) if "question 3?" in content(request) else fair(request)
+    server.reset(refused)
+    with pytest.raises(evaluate.UserError, match=f"1 of 20 requests failed.*{status}") as error:
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 20), concurrency=2)
+    summary = json.loads((tmp_path / "verdicts.summary.json").read_text())
+    assert (summary["scored"], summary["missing"], len(server.requests)) == (19, 1, 20)
+    no_key(tmp_path, str(error.value))
+    with pytest.raises(evaluate.UserError, match="1 of 1 requests failed"):
+        judge(server, tmp_path, samples=tmp_path / "s")
+    assert len(server.requests) == 21
+    server.reset(lambda request, nth: fair(request))
+    assert judge(server, tmp_path, samples=tmp_path / "s")["scored"] == 20 and len(server.requests) == 1
+
+
+def test_refusals_of_many(server, tmp_path):
+    """However many in a row, they do not keep the others from being asked; if nothing at all is answered, it ends."""
+    number = lambda request: int(re.search(r"question (\d+)", content(request))[1])
+    server.reset(lambda request, nth: (400,) if 1 <= number(request) < 50 else fair(request))
+    with pytest.raises(evaluate.UserError, match="49 of 60 requests failed"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 60), concurrency=1)
+    assert len(server.requests) == 60 and len(read_jsonl(tmp_path / "verdicts.jsonl")) == 11
+    server.reset(lambda request, nth: (400,))
+    with pytest.raises(evaluate.UserError, match="20 of 60 requests failed"):
+        judge(server, tmp_path, samples=tmp_path / "s", judge="other", concurrency=1)
+    assert len(server.requests) == 20
+
+
+# What OpenAI's reasoning models say.
+NO_MAX_TOKENS = (400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")
+NO_TEMPERATURE = (400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.")
+
+
+def reasoning_model(request, nth):
+    if "max_tokens" in request:
+        return NO_MAX_TOKENS
+    return NO_TEMPERATURE if request.get("temperature", 1) != 1 else fair(request)
+
+
+def test_a_judge_that_wants_another_form(server, tmp_path, capsys):
+    """It is asked in the form that it takes, found once; the verdicts' keys are those of any other judge's."""
+    server.reset(reasoning_model)
+    assert judge(server, tmp_path, samples=samples(tmp_path / "s", 5), concurrency=1)["scored"] == 5
+    assert len(server.requests) == 5 + 2
+    for _, request in server.requests[2:]:
+        assert request["max_completion_tokens"] == 2048 and not {"max_tokens", "temperature"} & request.keys()
+    printed = capsys.readouterr().out
+    assert printed.count("does not take temperature: asked without it") == 1 and printed.count("asked max_completion_tokens") == 1
+    keys = {row["key"] for row in read_jsonl(tmp_path / "verdicts.jsonl")}
+    (tmp_path / "verdicts.jsonl").unlink()
+    server.reset(lambda request, nth: fair(request))
+    judge(server, tmp_path, samples=tmp_path / "s")
+    assert {row["key"] for row in read_jsonl(tmp_path / "verdicts.jsonl")} == keys
+    assert all(request["temperature"] == 0 and request["max_tokens"] == 2048 for _, request in server.requests)
+
+
+def test_no_sample_is_drawn_at_another_temperature(server):
+    server.reset(reasoning_model)
+    with pytest.raises(evaluate.UserError, match="1 of 1 requests failed.*temperature"):
+        completions(server, [(0, [dict(role="user", content="hi")])], k=1)
+    assert all(request["temperature"] == 0.7 for _, request in server.requests)
+
+
+@pytest.mark.parametrize("reply", [None, [dict(type="text", text="More helpful: A")], 7])
+def test_a_reply_that_is_no_text(server, tmp_path, reply):
+    """It is a failure for judge and sample alike: nothing of it is kept, and the run goes on."""
+    broken = lambda request, nth: dict(text=reply, finish_reason="stop") if "question 2?" in content(request) else fair(request)
+    server.reset(broken)
+    with pytest.raises(evaluate.UserError, match="1 of 4 requests failed.*content is no text"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 4))
+    assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 3
+    server.reset(lambda request, nth: dict(text=reply, finish_reason="stop") if "messages" in request else sampled(request))
+    kept = {}
+    with pytest.raises(evaluate.UserError, match="1 of 3 requests failed.*content is no text"):
+        completions(server, PROMPTS, keep=kept.update)
+    assert kept.keys() == {0, 2}
+
+
+def test_a_deeply_nested_reply(server, tmp_path):
+    server.reset(lambda request, nth: b"[" * 100000 if "question 1?" in content(request) else fair(request))
+    with pytest.raises(evaluate.UserError, match="1 of 3 requests failed"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 3))
+
+
+def test_a_byte_now_and_then(server, tmp_path, monkeypatch):
+    """A read of which never times out: the request does."""
+    monkeypatch.setattr(evaluate, "TOTAL_TIME", 2)
+    server.reset(lambda request, nth: "drip" if "question 1?" in content(request) else fair(request))
+    began = time.monotonic()
+    with pytest.raises(evaluate.UserError, match="1 of 4 requests failed.*within 2 seconds"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 4), concurrency=1)
+    assert 2 <= time.monotonic() - began < 20 and len(read_jsonl(tmp_path / "verdicts.jsonl")) == 3
+
+
+def test_redirects_are_not_followed(server, tmp_path):
+    """Prompts and key go to the host that was named, and to no other."""
+    elsewhere = Server()
+    server.reset(lambda request, nth: (307, ("Location", f"{elsewhere.url}/chat/completions")))
+    with pytest.raises(evaluate.UserError, match="refuses a request.*307|Redirect"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 2))
+    assert not elsewhere.requests
+    elsewhere.shutdown()
+
+
+def test_a_summary_of_the_users_own(server, tmp_path):
+    (tmp_path / "verdicts.summary.json").write_text('{"my": "notes"}')
+    with pytest.raises(evaluate.UserError, match="verdicts.summary.json is not one that this command wrote"):
+        judge(server, tmp_path, samples=samples(tmp_path / "s", 2))
+    assert (tmp_path / "verdicts.summary.json").read_text() == '{"my": "notes"}' and not server.requests
 
 
 def test_a_wrong_key_is_one_line(server, tmp_path):
@@ -382,8 +505,10 @@ def test_key_and_url(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{broken", "s:1: not JSON"), ('{"prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "nothing to judge"),
-    ('{"prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "s:1: half of a surrogate pair")])
+    ("{broken", "s:1: not JSON"), ('{"format": 2, "prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "nothing to judge"),
+    ('{"prompt": "<|im_start|>user", "completions": ["b"]}', "s:1: no sample of format 2"),
+    ('{"format": 2, "prompt": ["a"], "completions": ["b"]}', "s:1: want prompt"),
+    ('{"format": 2, "prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "s:1: half of a surrogate pair")])
 def test_bad_samples(server, tmp_path, line, words):
     (tmp_path / "s").write_text(line + "\n")
     with pytest.raises(evaluate.UserError, match=words):
@@ -560,10 +685,10 @@ def test_mt_bench_files_that_do_not_fit(server, tmp_path, suite):
 # ------------------------------------------------------------------------------------------------------------ sample --api
 def completions(server, prompts, k=2, keep=None, **flags):
     """-> {index: (texts, stops, tokens)}"""
-    how = dict(model="m", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=3, k=k)
+    how = dict(command="sample", model="m", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=3, k=k)
     args = SimpleNamespace(**dict(api=server.url, concurrency=8) | how | flags)
     rows = {}
-    for fresh in evaluate.api_rows([evaluate.Prompt(index, text, None, []) for index, text in prompts], args):
+    for fresh in evaluate.api_rows([evaluate.Prompt(index, text, None, None, []) for index, text in prompts], args):
         rows |= {row["index"]: (row["completions"], row["stops"], row["n_tokens"]) for row in fresh}
         if keep:
             keep(rows)
@@ -653,6 +778,33 @@ def test_a_key_in_a_verdict_is_cut_out(server, tmp_path, capsys):
     assert judge(server, tmp_path, samples=samples(tmp_path / "s", 3))["scored"] == 3
     assert "your key is [key]" in read_jsonl(tmp_path / "verdicts.jsonl")[0]["text"]
     no_key(tmp_path, *capsys.readouterr())
+
+
+def test_a_key_in_any_other_field_is_cut_out(server, tmp_path):
+    quoting = lambda request, nth: dict(text="More helpful: A", finish_reason=f"stop {KEY}", model=f"m {KEY}", usage=f"3 {KEY}")
+    server.reset(quoting)
+    assert judge(server, tmp_path, samples=samples(tmp_path / "s", 1))["scored"] == 1
+    (row,) = read_jsonl(tmp_path / "verdicts.jsonl")
+    assert (row["finish_reason"], row["model"], row["tokens"]) == ("stop [key]", "m [key]", None)
+    no_key(tmp_path)
+
+
+def test_conversations_are_judged(server, tmp_path, monkeypatch):
+    """Sampled through --api from messages: the judge reads them in the form of the paper's dialogues, and no template."""
+    row = dict(prompt=[dict(role="system", content="Be brief."), dict(role="user", content="question 1?")],
+               completion=[dict(role="assistant", content="bad")])
+    data = write_jsonl(tmp_path / "d.jsonl", [row])
+    server.reset(lambda request, nth: dict(text="good", finish_reason="stop"))
+    argv = ["sample", "--model", "m", "--data", data, "--api", server.url, "--out", tmp_path / "s.jsonl", "--k", 1]
+    monkeypatch.setattr(evaluate, "init_distributed", lambda *how: (0, 1, "cpu"))  # the tests' group stands
+    evaluate.sample(evaluate.parse_args([*map(str, argv)]))
+    (sample,) = read_jsonl(tmp_path / "s.jsonl")
+    assert (sample["prompt"], sample["completions"], sample["references"]) == (row["prompt"], ["good"], ["bad"])
+    server.reset(lambda request, nth: fair(request))
+    assert judge(server, tmp_path, samples=tmp_path / "s.jsonl")["win_rate"] == 1
+    (_, request), = server.requests
+    assert "Dialogue history:\n\nSystem: Be brief.\n\nHuman: question 1?\n\nAssistant:\n\nResponse A:" in content(request)
+    assert sorted(texts_a_b(request)) == ["bad", "good"]
 
 
 @pytest.mark.parametrize("key", ["x", "EMPTY", "null"])

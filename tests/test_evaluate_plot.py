@@ -204,18 +204,21 @@ def test_means_and_standard_errors(tmp_path):
     assert all((row["n"], row["win_rate_se"], row["sqrt_kl_se"]) == (1, 2.0, 0.01) for row in one)
 
 
-def test_figure_6_rows(tmp_path):
-    """64 steps in bins of 4; a step that was not finite (null) is left out, and each seed counts once."""
+def test_figure_6_rows(tmp_path, capsys):
+    """64 steps in bins of 4; a step that was not finite (null) makes a gap, which is said, and each seed counts once."""
     folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
     lines = (folders[0] / "metrics.jsonl").read_text().replace('"ratio/chosen": -0.1,', '"ratio/chosen": null,')
     (folders[0] / "metrics.jsonl").write_text(lines)
     run_plot(folders, tmp_path / "figs")
+    assert f"{folders[0]}: 1 values of figure 6 are null" in capsys.readouterr().out
     rows = rows_of(tmp_path / "figs" / "figure6.jsonl")
     assert [row["first_step"] for row in rows] == list(range(1, 65, 4))
     for row in rows:
         of_bin = np.arange(row["first_step"], row["first_step"] + 4)
-        first = of_bin[1:] if of_bin[0] == 1 else of_bin
-        values = np.array([-0.1 * first.mean(), -0.1 * of_bin.mean() - 1])
+        values = np.array([-0.1 * of_bin.mean(), -0.1 * of_bin.mean() - 1])
+        if of_bin[0] == 1:
+            assert row["ratio/chosen"] is None and row["ratio/chosen_se"] is None and row["ratio/rejected"] is not None
+            continue
         assert row["ratio/chosen"] == pytest.approx(values.mean())
         assert row["ratio/chosen_se"] == pytest.approx(values.std(ddof=1) / math.sqrt(2))
         assert row["ratio/rejected"] == pytest.approx(-0.2 * of_bin.mean() + 0.5)
@@ -224,11 +227,10 @@ def test_figure_6_rows(tmp_path):
 
 
 def test_run_numbers(tmp_path):
-    """Peak, drop and effective sample share: steps 59 to 64 have 4 of 8, but for the last, of 3 pairs, all of which
-    count."""
+    """Peak, drop and effective sample share: steps 59 to 64 have 4 of 8, but for the last, of 3 of 3 pairs."""
     folder = write_run(tmp_path / "run", curve=lambda d: {0: 50, 0.5: 62, 1: 71, 1.5: 71, 2: 64.5}[d])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    lines[-1] = json.dumps(json.loads(lines[-1]) | {"weights/ess": 3.0})
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {"weights/ess": 3.0, "pairs": 3})
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     numbers = evaluate.run_numbers(evaluate.read_run(folder))
     expected = dict(peak_win_rate=71, peak_sqrt_kl=1, final_win_rate=64.5, final_win_rate_se=2, final_sqrt_kl=2,
@@ -236,6 +238,31 @@ def test_run_numbers(tmp_path):
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
     losing = evaluate.run_numbers(evaluate.read_run(write_run(tmp_path / "losing", curve=lambda d: 50 - d)))
     assert (losing["peak_win_rate"], losing["peak_sqrt_kl"], losing["drop"]) == pytest.approx((50, 0, 2))
+
+
+@pytest.mark.parametrize("pairs, batch_size, logged, share", [
+    (4, 16, False, 1.0),  # a run of fewer pairs than a step could hold: each step has all 4, and all count
+    (20, 8, False, 0.75),  # three steps an epoch, of 8, 8 and 4 pairs: (4/8 + 4/4) / 2, the median of the last two
+    (20, 8, True, 0.5)])  # what the log says goes before: 8 pairs in each
+def test_ess_share_is_of_the_pairs_of_the_step(tmp_path, pairs, batch_size, logged, share):
+    folder = write_run(tmp_path / "run", header=dict(pairs=pairs, steps=24), batch_size=batch_size)
+    header, *lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][:25]
+    lines = [line | {"weights/ess": 4.0} | (dict(pairs=8) if logged else {}) for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]))
+    write_golden(folder, [point | dict(step=min(point["step"], 24)) for point in golden_points(folder)])
+    assert evaluate.run_numbers(evaluate.read_run(folder))["ess_share"] == pytest.approx(share)
+
+
+def test_an_ess_that_is_null_is_said(tmp_path, capsys):
+    """It does not count as a step of no effective samples, nor vanish unseen; a run of nothing else has none."""
+    folder = write_run(tmp_path / "run")
+    header, *lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for n_null, share in ((2, 4 / 8), (6, math.nan)):
+        some = lines[: 64 - n_null] + [line | {"weights/ess": None} for line in lines[64 - n_null :]]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *some]))
+        numbers = evaluate.run_numbers(evaluate.read_run(folder))
+        assert numbers["ess_share"] == pytest.approx(share, nan_ok=True)
+        assert f"{folder}: {n_null} of the last 6 steps have no weights/ess" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole command
@@ -409,8 +436,48 @@ def test_the_last_settings_hold(tmp_path):
     assert [round(p["win_rate"]) for p in run["points"]] == [70, 70, 90, 70, 70] and [p["step"] for p in run["points"]] == STEPS
 
 
+def test_the_complete_settings_hold(tmp_path):
+    """A later evaluation that has not come to the run's end, or of the reference alone, does not stand for the run."""
+    folder = write_run(tmp_path / "run")
+    points = golden_points(folder)
+    other = [dict(point, settings="other", win_rate=0.9) for point in points]
+    for later in (other[:1], other[:3], other[1:]):
+        write_golden(folder, points + later)
+        run = evaluate.read_run(folder)
+        assert run["golden settings"] == "aaaa" and [p["win_rate"] for p in run["points"]] == [100 * p["win_rate"] for p in points]
+    write_golden(folder, points + other)
+    assert evaluate.read_run(folder)["golden settings"] == "other"
+    write_golden(folder, points[:3] + other[:2])  # none is complete: the last that has the reference and another
+    assert evaluate.read_run(folder)["golden settings"] == "other"
+
+
+@pytest.mark.parametrize("damage, line", [
+    (lambda lines: lines[:1] + lines[:0:-1], 2), (lambda lines: lines[:5] + lines[4:], 6), (lambda lines: lines[:5] + lines[6:], 6),
+    (lambda lines: [*lines[:7], "garbage", *lines[7:]], 8), (lambda lines: [*lines[:7], "3", *lines[7:]], 8),
+    (lambda lines: [*lines[:7], '{"step": 7}', *lines[8:]], 8), (lambda lines: [*lines[:7], "[" * 100000, *lines[8:]], 8),
+    (lambda lines: [*lines[:7], lines[7].replace('"epoch": ', '"epoch": "x", "y": '), *lines[8:]], 8),
+    (lambda lines: [lines[0].replace('"pairs"', '"p"'), *lines[1:]], 1), (lambda lines: [lines[0].replace('"lr"', '"l"'), *lines[1:]], 1)])
+def test_metrics_that_are_damaged(tmp_path, damage, line):
+    """Reversed, doubled, missing, no JSON, without fields: one line that names the file's."""
+    folder = write_run(tmp_path / "run")
+    lines = damage((folder / "metrics.jsonl").read_text().splitlines())
+    (folder / "metrics.jsonl").write_text("".join(text + "\n" for text in lines))
+    with pytest.raises(evaluate.UserError, match=rf"metrics\.jsonl:{line}: ") as error:
+        evaluate.read_run(folder)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("bad", ["3", "{}", '{"settings": "aaaa", "step": 3}', '{"settings": 3}', "x"])
+def test_golden_rows_that_are_damaged(tmp_path, bad):
+    folder = write_run(tmp_path / "run")
+    lines = (folder / "golden.jsonl").read_text().splitlines()
+    (folder / "golden.jsonl").write_text("".join(text + "\n" for text in [*lines[:2], bad, *lines[2:]]))
+    with pytest.raises(evaluate.UserError, match=r"golden\.jsonl:3: "):
+        evaluate.read_run(folder)
+
+
 def test_not_an_evaluated_run(tmp_path):
-    with pytest.raises(evaluate.UserError, match=r"nowhere.metrics\.jsonl:1: not the header of a run of train_pref.py"):
+    with pytest.raises(evaluate.UserError, match=r"nowhere.metrics\.jsonl: no text that can be read"):
         evaluate.read_run(tmp_path / "nowhere")
     folder = write_run(tmp_path / "run")
     points, remedy = golden_points(folder), f"golden --rm REWARD_MODEL --ref REFERENCE --data PROMPTS {folder}"
@@ -427,7 +494,7 @@ def test_not_an_evaluated_run(tmp_path):
     header = (folder / "metrics.jsonl").read_text().split("\n")[0]
     for text in ("", '{"step": 1}', '{"args": 3}', '["args"]', "7", header):
         (folder / "metrics.jsonl").write_text(text + "\n")
-        with pytest.raises(evaluate.UserError, match=r"metrics\.jsonl:1: not the header"):
+        with pytest.raises(evaluate.UserError, match=r"metrics\.jsonl:1: (no JSON|not the header)|no steps after the header"):
             evaluate.read_run(folder)
 
 

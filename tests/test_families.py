@@ -122,7 +122,7 @@ def test_saved_and_loaded_by_transformers(directory, process_group, tmp_path):
     policy = tp.load_weights(tp.build_model(lambda: tp.Llama(config, "torch"), CPU, "fp32"), directory)
     files = tp.model_files(directory, tokenizer, tp.assistant_stop_id(tokenizer),
                            architectures=[tp.architecture(config, "ForCausalLM")])
-    tp.save_checkpoint(tmp_path / "policy", policy, tokenizer, files, "fp32")
+    tp.save_checkpoint(tmp_path / "policy", model=policy, tokenizer=tokenizer, files=files, run="")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", output_loading_info=True)
     before = AutoModelForCausalLM.from_pretrained(directory)
     assert not any(info.values()) and type(loaded) is type(before)
@@ -133,7 +133,7 @@ def test_saved_and_loaded_by_transformers(directory, process_group, tmp_path):
     files = train_rm.model_files(directory, tokenizer, tp.assistant_stop_id(tokenizer), pad_token_id=train_rm.choose_pad(tokenizer),
                                  architectures=[train_rm.architecture(config, train_rm.HEAD)], id2label={"0": "reward"},
                                  label2id={"reward": 0})
-    tp.save_checkpoint(tmp_path / "rm", reward_model, tokenizer, files, "fp32")
+    tp.save_checkpoint(tmp_path / "rm", model=reward_model, tokenizer=tokenizer, files=files, run="")
     loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", output_loading_info=True)
     assert not any(info.values()) and type(loaded).__name__ == train_rm.architecture(config, train_rm.HEAD)
     rewards = reward_model(**train_rm.collate_responses(pairs(), True, CPU))[:, 0]

@@ -363,6 +363,8 @@ def test_a_rank_dies_or_hangs(torchrun, tmp_path, fault):
     run = torchrun(timeout=4)
     os.kill(run.workers[1], fault)
     assert run.wait(4 + 30 + 8) != 0  # the rest is torchrun's own end
+    said = [line for line in run.err.splitlines() if line.startswith("error: ")]
+    assert said and all("another rank has died, or was silent for --timeout seconds" in line for line in said), run.err
     verify_checkpoint(checkpoints(tmp_path / "run")[-1])
     assert int(checkpoints(tmp_path / "run")[-1].name[5:]) >= metrics_of(tmp_path / "run")[-1]["step"] - 1
 

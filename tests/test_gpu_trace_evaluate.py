@@ -89,7 +89,7 @@ def trace(folder, device, precision, place="", bad=""):
     module.__file__, sys.modules["evaluate"] = str(ROOT / "evaluate.py"), module
     exec(compile(text, module.__file__, "exec"), module.__dict__)
 
-    def load_model(name, make, precision, device, original=module.load_model):
+    def load_model(name, make, precision, device, chat_template_kwargs=None, original=module.load_model):
         model, *others = original(name, make, precision, "cpu")
         if device.type == "gpu":
             for part in model.modules():
@@ -107,7 +107,8 @@ def trace(folder, device, precision, place="", bad=""):
         shutil.copytree(ROOT / "toy" / "sft", run / "step_1", ignore=shutil.ignore_patterns("manifest.json"))
         weights = load_file(run / "step_1" / "model.safetensors")
         save_file({name: 0.8 * weight for name, weight in weights.items()}, run / "step_1" / "model.safetensors")
-    (run / "metrics.jsonl").write_text(json.dumps(dict(pairs=1, steps=1, args=dict(batch_size=1))) + "\n")
+    header = dict(pairs=1, steps=1, args=dict(batch_size=1), ref=module.model_fingerprint(ROOT / "toy" / "sft"))
+    (run / "metrics.jsonl").write_text(json.dumps(header) + "\n")
     how = f"--preset toy --precision {precision} --batch_size 4".split()
     how += ["--n", "2", "--max_new_tokens", "2"] if bad else ["--n", "3", "--max_new_tokens", "12"]
     try:

@@ -64,6 +64,26 @@ def test_the_model_card(run_script, tiny_llama, own_pairs):
     assert type(scope["model"]).__name__ == "LlamaForCausalLM" and scope["tokenizer"].eos_token_id == 257
 
 
+def test_a_reference_with_another_tokenizer(run_script, tiny_llama, own_pairs):
+    """Of the same size: by its shapes it would do, and every log-prob would be of other words."""
+    other = tiny_llama(own_pairs / "other", max_position_embeddings=640)
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    table = vocabulary["model"]["vocab"]
+    table["a"], table["b"] = table["b"], table["a"]
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    model = tiny_llama(own_pairs / "model", max_position_embeddings=640)
+    argv = ["--model", model, "--data", own_pairs / "pairs.jsonl", "--out", own_pairs / "run", "--ref", other]
+    run_script("train_pref")(*argv).refused(str(other), "its tokenizer is another one")
+    assert not (own_pairs / "run" / "ref_logps.safetensors").exists()
+
+
+def test_a_presets_model_that_is_not_there_yet(run_script, tmp_path):
+    """The command that makes it is said."""
+    result = run_script("train_pref")("--preset", "tldr", "--out", tmp_path / "run")
+    result.refused("out/sft-tldr+hh/final", "`torchrun --nproc_per_node=4 train_sft.py --preset tldr+hh` makes it")
+    run_script("train_rm")("--preset", "tldr+hh", "--no-shard", "--out", tmp_path / "rm").refused("--out out/sft-8b` makes it")
+
+
 def test_help_shows_the_values_in_force(capsys):
     for argv, expected in ((["--help"], "0.0002"), (["--preset", "tldr", "--help"], "1e-06")):
         with pytest.raises(SystemExit):

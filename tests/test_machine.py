@@ -162,6 +162,24 @@ def test_a_killed_torchrun_leaves_no_worker(tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
+def test_torchrun_killed_while_its_workers_import(tmp_path):
+    """They cannot be told of its death yet, and must see it before they wait for the group (--timeout: 30 minutes)."""
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    process = real(*torchrun, ROOT / "train_pref.py", "--epochs", 1000, "--out", tmp_path / "run", cwd=tmp_path)
+    workers = []
+    try:
+        wait_for(lambda: len(children(process.pid)) == 2)
+        workers = children(process.pid)
+        process.kill()
+        process.wait()
+        assert all(map(alive, workers))
+        wait_for(lambda: not any(map(alive, workers)), seconds=120)
+        assert not (tmp_path / "run").exists() and "torchrun is gone" in process.stderr.read()
+    finally:
+        for pid in filter(alive, workers):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_torchrun_ends_with_our_line(model_dir, tmp_path):
     """torchrun writes some 40 lines of its own after ours: the last of them repeat it."""
     torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_pref
+from runs import finish, full_disk, launch, spoil
 from test_faults import SCRIPTS, assert_same_run, data, flags, metrics_of, model_dir, straight  # noqa: F401 (fixtures)
 
 SHORT = dict(max_steps=4, save_every=2)
@@ -236,7 +238,7 @@ def test_reference_log_probs_with_other_values(run_script, begun, harm):
     save_file(tensors, path, metadata)
     if harm == "one bit":
         flip(path)
-    run_script("train_pref")(*argv).refused(path, "delete it")
+    run_script("train_pref")(*argv).refused(path, "move it away")
     path.unlink()
     run_script("train_pref")(*argv).ok()
 
@@ -258,3 +260,225 @@ def test_the_spread_is_said(run_script, model_dir, data, tmp_path):
     first = run_script("train_pref")(*argv, call=2, action=signal.SIGTERM).out
     (line,) = [line for line in first.splitlines() if line.startswith("before step 1 ")]
     assert float(line.split("at most ")[1].split()[0]) < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------- of another run
+@pytest.fixture(scope="module")
+def other(context, model_dir, data, tmp_path_factory):
+    """A run of the same model and data, with another learning rate."""
+    tmp = tmp_path_factory.mktemp("other")
+    finish(launch(context, "train_pref", tmp / "log", again(model_dir, data, tmp / "run", lr=2e-3))).ok()
+    return tmp / "run"
+
+
+def keep_until(out, step):
+    """As if the run had been stopped after this step."""
+    shutil.rmtree(out / "final")
+    for later in range(step + 1, 10):
+        shutil.rmtree(out / f"step_{later:06d}")
+
+
+@pytest.mark.parametrize("harm", ["newest", "older", "final", "renamed", "swapped"])
+def test_a_checkpoint_of_another_run_or_step(run_script, finished, other, model_dir, data, harm):
+    """Whole by its own manifest, of the same shapes and under the right name: refused by name all the same."""
+    out = finished("train_pref")
+    argv = again(model_dir, data, out)
+    step = lambda k: out / f"step_{k:06d}"
+    if harm == "final":
+        shutil.rmtree(out / "final")
+        shutil.copytree(other / "final", out / "final")
+        run_script("train_pref")(*argv).refused(out / "final", "written by another run", f"move it out of {out}")
+        return
+    keep_until(out, 4)
+    if harm in ("newest", "older"):
+        at = dict(newest=4, older=2)[harm]
+        shutil.rmtree(step(at))
+        shutil.copytree(other / step(at).name, step(at))
+        words = step(at), "written by another run", f"move it out of {out}"
+    elif harm == "renamed":
+        step(4).rename(step(5))
+        words = step(5), "written at step 4"
+    else:
+        step(4).rename(out / "aside")
+        step(2).rename(step(4))
+        (out / "aside").rename(step(2))
+        words = step(2), "written at step 4"
+    before = (out / "metrics.jsonl").read_bytes()
+    run_script("train_pref")(*argv).refused(*words)
+    assert (out / "metrics.jsonl").read_bytes() == before and not (out / "final").exists()
+
+
+def test_names_of_paths_are_no_identity(run_script, model_dir, data, tmp_path):
+    """The same model and data at another place go on; other data at the same place do not."""
+    model, moved, out = tmp_path / "a", tmp_path / "b", tmp_path / "run"
+    shutil.copytree(model_dir, model)
+    shutil.copy(data, tmp_path / "data.jsonl")
+    cli = run_script("train_pref")
+    assert cli(*flags(model, tmp_path / "data.jsonl", out, **SHORT), call=2, action=signal.SIGTERM).code == 143
+    model.rename(moved)
+    (tmp_path / "data.jsonl").rename(tmp_path / "moved.jsonl")
+    (tmp_path / "data.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[:19]))
+    cli(*flags(moved, tmp_path / "data.jsonl", out, **SHORT)).refused(out, "data fingerprint was")
+    assert f"resumed from {out}/step_000002" in cli(*flags(moved, tmp_path / "moved.jsonl", out, **SHORT)).ok().out
+
+
+@pytest.mark.parametrize("harm, at", [("cut", 4), ("torn", 4), ("garbage", 2), ("other", 3), ("twice", 3), ("reversed", 0)])
+def test_a_log_without_the_lines_of_a_checkpoint(run_script, finished, straight, model_dir, data, harm, at):
+    """Line k is not of step k: the run names the checkpoints to delete, and when that is done it goes on from the one
+    before, to the same end."""
+    out = finished("train_pref")
+    shutil.rmtree(out / "final")
+    path = out / "metrics.jsonl"
+    header, *lines = path.read_text().splitlines()
+    if harm == "cut":
+        lines = lines[:4]
+    elif harm == "torn":
+        lines = [*lines[:4], lines[4][:50]]
+    elif harm == "garbage":
+        lines[2] = "not json"
+    elif harm == "other":
+        lines[3] = json.dumps(dict(garbage=1))
+    elif harm == "twice":
+        lines.insert(3, lines[2])
+    else:
+        lines.reverse()
+    path.write_text("\n".join([header, *lines]) + "\n")
+    before = path.read_bytes()
+    argv = again(model_dir, data, out)
+    names = [f"step_{k:06d}" for k in range(at + 1, 10)]
+    goal = f"go on from step_{at:06d}" if at else "begin anew"
+    run_script("train_pref")(*argv).refused(f"holds steps 1 to {at} alone", f"delete {' '.join(names)} to {goal}")
+    assert path.read_bytes() == before
+    for name in names:
+        shutil.rmtree(out / name)
+    run_script("train_pref")(*argv).ok()
+    assert_same_run(straight("train_pref", "1"), out)
+
+
+def cut_power(model, out, name):
+    """When the checkpoint has its name, on disk too, the machine loses what of the log was not fsynced by then."""
+    fsync, durable = os.fsync, [b""]
+
+    def watched(descriptor):
+        fsync(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(out / "metrics.jsonl"):
+            durable[0] = (out / "metrics.jsonl").read_bytes()
+        if (out / name).exists():
+            (out / "metrics.jsonl").write_bytes(durable[0])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = watched
+
+
+def test_a_power_cut_after_a_checkpoint(run_script, straight, model_dir, data, tmp_path):
+    out, cli = tmp_path / "run", run_script("train_pref")
+    argv = again(model_dir, data, out)
+    for name in ("step_000004", "final"):
+        assert cli(*argv, call=1, action=partial(cut_power, out=out, name=name)).code == -signal.SIGKILL
+        lines = 4 if name != "final" else 9
+        assert len(metrics_of(out)) == lines
+    assert "this run is complete" in cli(*argv).ok().out
+    assert_same_run(straight("train_pref", "1"), out)
+
+
+def rewrite_before_reading(model, data, rows):
+    import plumbing.data
+
+    read_rows = plumbing.data.read_rows
+
+    def rewritten_and_read(*args):
+        data.write_text(rows)
+        yield from read_rows(*args)
+
+    plumbing.data.read_rows = rewritten_and_read
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_data_rewritten_before_they_are_read(run_script, model_dir, data, tmp_path, script):
+    """Hashed, then rewritten, then read: rows of the new file would stand under the old one's fingerprint."""
+    mine, out, cli = tmp_path / "mine.jsonl", tmp_path / "run", run_script(script)
+    old, new = data.read_text(), data.read_text().replace('"A', '"C')
+    mine.write_text(old)
+    argv = flags(model_dir, mine, out, max_steps=1)
+    cli(*argv, action=partial(rewrite_before_reading, data=mine, rows=new)).refused(mine, "rewritten while it was read")
+    assert not (out / "data.safetensors").exists()
+    cli(*argv).ok()  # no step was taken: the run is now one of the new file
+    fresh = tmp_path / "fresh" / "run"
+    cli(*flags(model_dir, mine, fresh, max_steps=1)).ok()
+    assert_same_run(fresh, out)
+    mine.write_text(old)
+    shutil.rmtree(out / "final")
+    cli(*argv).refused(out, "data fingerprint was")
+
+
+# --------------------------------------------------------------------------------------------------- moved, and no git
+@pytest.mark.parametrize("keep", [dict(keep=1), dict(keep_state=1)])
+def test_a_checkpoint_moved_behind_a_symlink(run_script, model_dir, data, tmp_path, keep):
+    """To another disk, say: --keep and --keep_state leave it as it is, and the run ends well."""
+    out, moved, cli = tmp_path / "run", tmp_path / "disk" / "step_000002", run_script("train_pref")
+    argv = flags(model_dir, data, out, max_steps=4)
+    assert cli(*argv, call=2, action=signal.SIGTERM).code == 143
+    moved.parent.mkdir()
+    (out / "step_000002").rename(moved)
+    (out / "step_000002").symlink_to(moved)
+    before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
+    assert f"resumed from {out}/step_000002" in cli(*flags(model_dir, data, out, max_steps=4, **keep)).ok().out
+    assert {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()} == before
+    assert len([path for path in out.glob("step_*/trainer") if not path.parent.is_symlink()]) == 1
+    assert not list(out.glob(".step_*"))
+
+
+def hide_git(model):
+    os.environ["PATH"] = "/nonexistent"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_git(run_script, model_dir, data, tmp_path, script):
+    """An image without it: the commit is null, and all else goes on."""
+    run_script(script)(*flags(model_dir, data, tmp_path / "run", max_steps=1), action=hide_git).ok()
+    header = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["commit"] is None and len(metrics_of(tmp_path / "run")) == 1
+
+
+# ------------------------------------------------------------------------------------------------- nothing was learned
+def spoil_for_good(model):
+    spoil(model)
+
+
+@pytest.mark.parametrize("script, world", [("train_pref", 2), ("train_sft", 1), ("train_rm", 1)])
+def test_a_run_that_applied_no_update_is_no_result(run_script, model_dir, data, tmp_path, script, world):
+    """Fewer than ten steps, none finite: not "done", and no final/."""
+    out = tmp_path / "run"
+    argv = flags(model_dir, data, out, max_steps=5)
+    for _ in range(2):  # nor is it when it is started again
+        result = run_script(script)(*argv, world=world, call=1, action=spoil_for_good, on_rank=None)
+        result.refused("none of 5 updates was applied")
+        assert "done" not in result.out and not (out / "final").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ lines
+@pytest.mark.parametrize("depth", [100_000])
+def test_a_header_that_is_too_deep(run_script, model_dir, data, tmp_path, depth):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"args": ' + "[" * depth + "\n")
+    run_script("train_pref")(*flags(model_dir, data, out)).refused(out, "holds no run")
+
+
+def full_disk_for_ids(model):
+    """The first file that does not fit is that of token ids, which has no name."""
+    import plumbing.data
+
+    tokenize_rows = plumbing.data.tokenize_rows
+
+    def filled(*args, **kwargs):
+        full_disk(None, 1000)  # what the run says has room
+        return tokenize_rows(*args, **kwargs)
+
+    plumbing.data.tokenize_rows = filled
+
+
+def test_a_full_disk_while_tokenizing(run_script, model_dir, data, tmp_path):
+    out = tmp_path / "run"
+    run_script("train_pref")(*flags(model_dir, data, out), action=full_disk_for_ids).refused(
+        f"cannot make {out}/data.safetensors of {data}", "File too large")

@@ -290,13 +290,14 @@ def test_check_names_the_changed_line(tmp_path):
 def test_truth_as_judge(tmp_path):
     """toy/truth.py puts the truth's verdicts in the place of the reward model's, and leaves the rest of a row alone."""
     run = tmp_path / "runs0" / "dpo"
-    (run / "golden_samples").mkdir(parents=True)
+    (run / "golden_samples" / "5e77").mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"header": 1}\n')
-    (run / "golden.jsonl").write_text(json.dumps(dict(checkpoint="step_000022", win_rate=0.1, reward=9.0, kl=2.0)) + "\n")
+    golden = dict(checkpoint="step_000022", settings="5e77", win_rate=0.1, reward=9.0, kl=2.0)
+    (run / "golden.jsonl").write_bytes(make.json_lines([golden]))
     best, half, wrong = "hugo bought tents and leo found cameras .", "hugo bought tents .", "hugo bought cameras ."
     samples = [dict(prompt=POST, references=[half], completions=[best, wrong], stops=["</s>", "</s>"]),
                dict(prompt=POST, references=[half, best], completions=[half, best], stops=["</s>", None])]
-    (run / "golden_samples" / "step_000022.jsonl").write_bytes(make.json_lines(samples))
+    (run / "golden_samples" / "5e77" / "step_000022.jsonl").write_bytes(make.json_lines(samples))
     subprocess.run([sys.executable, TOY / "truth.py", tmp_path / "out", run], check=True)
     (row,) = make.read_lines(tmp_path / "out" / "runs0-dpo" / "golden.jsonl")
     shares = [0.5, (0.5 + 0 + 0 + 0) / 4]  # the unended one is worth 1.68 - 1, below `half`, 0.84
@@ -304,6 +305,15 @@ def test_truth_as_judge(tmp_path):
     assert row["win_rate"] == pytest.approx(mean(shares)) and row["reward"] == pytest.approx(mean(truths))
     assert row["win_rate_se"] == pytest.approx(abs(shares[0] - shares[1]) / 2) and row["kl"] == 2.0
     assert (tmp_path / "out" / "runs0-dpo" / "metrics.jsonl").read_text() == '{"header": 1}\n'
+    # Rows of other settings, whose samples were not kept, are not given the truth of these: left out, or refused.
+    (run / "golden.jsonl").write_bytes(make.json_lines([golden, golden | dict(settings="0ther")]))
+    truth = [sys.executable, TOY / "truth.py", tmp_path / "out", run]
+    result = subprocess.run(truth, check=True, capture_output=True, text=True)
+    assert "no samples of step_000022 under settings 0ther" in result.stdout
+    assert make.read_lines(tmp_path / "out" / "runs0-dpo" / "golden.jsonl") == [row]
+    (run / "golden.jsonl").write_bytes(make.json_lines([golden | dict(settings="0ther")]))
+    result = subprocess.run(truth, capture_output=True, text=True)
+    assert result.returncode == 1 and "no samples of any row" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_rows_and_tables_of_the_golden_study(tmp_path):
@@ -315,19 +325,19 @@ def test_rows_and_tables_of_the_golden_study(tmp_path):
               ("is_dpo", 1): [0.5, 0.5, 0.6]}
     for (loss, seed), win_rates in golden.items():
         run = tmp_path / f"runs{seed}" / loss
-        (run / "golden_samples").mkdir(parents=True)
+        (run / "golden_samples" / "5e77").mkdir(parents=True)
         header = dict(args=dict(loss=loss, beta=0.01, lr=4e-4, seed=seed, log_eps=1.0, batch_size=4))
         logs = [{"step": k, "weights/ess": ess, "weights/mean": 1.0} for k, ess in enumerate([4.0, 4.0, 3.0, 1.0], 1)]
         (run / "metrics.jsonl").write_bytes(make.json_lines([header, *logs]))
         names = {0: "reference", 2: "step_000002", 4: "final"}
-        rows = [dict(measures, checkpoint=name, step=step, win_rate=win_rate) for (step, name), win_rate in
+        rows = [dict(measures, checkpoint=name, settings="5e77", step=step, win_rate=win_rate) for (step, name), win_rate in
                 zip(names.items(), win_rates)]
         rows = [row | {f"{name}_se": 0.1 for name in ("win_rate", *measures)} for row in rows]
         (run / "golden.jsonl").write_bytes(make.json_lines(rows))
         for step, name in names.items():  # by the truth is_dpo's last responses lose, all others tie
             said = wrong if (loss, step) == ("is_dpo", 4) else best
             samples = [dict(prompt=POST, references=[best], completions=[said], stops=["</s>"])] * 2
-            (run / "golden_samples" / f"{name}.jsonl").write_bytes(make.json_lines(samples))
+            (run / "golden_samples" / "5e77" / f"{name}.jsonl").write_bytes(make.json_lines(samples))
     runs = [tmp_path / f"runs{seed}" / loss for loss, seed in golden]
     subprocess.run([sys.executable, TOY / "truth.py", tmp_path / "out", *runs, "--rows", tmp_path / "rows.jsonl"], check=True)
     rows = make.read_lines(tmp_path / "rows.jsonl")

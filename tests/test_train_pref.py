@@ -445,7 +445,7 @@ def test_files_of_a_run(cli, model_dir, data, tmp_path):
     assert lines[2]["num_tokens"] == tokens  # after one epoch
     manifest = json.loads((out / "step_000005" / "manifest.json").read_text())
     files = {str(p.relative_to(out / "step_000005")) for p in (out / "step_000005").rglob("*") if p.is_file()}
-    assert set(manifest) == files - {"manifest.json"} | {"run"} and (out / "final" / "trainer").exists() is False
+    assert set(manifest) == files - {"manifest.json"} | {"run", "step"} and (out / "final" / "trainer").exists() is False
     assert (out / "final" / "model.safetensors").read_bytes() == (out / "step_000005" / "model.safetensors").read_bytes()
 
 
@@ -776,7 +776,7 @@ def test_help_texts_and_presets(monkeypatch):
         args = tp.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
         assert all(getattr(args, flag) == value for flag, value in values.items() if preset != "paper" or flag != "data")
         assert {flag for flag, value in vars(args).items() if value is None} <= {
-            "ref", "shard", "checkpoint_activations", "save_every", "eval_every"}
+            "ref", "shard", "checkpoint_activations", "chat_template_kwargs", "save_every", "eval_every"}
         assert f"--preset {preset}" in parser.format_help()
     assert tp.parse_args("--preset tldr --beta 0.3".split()).beta == 0.3  # a flag given wins
     mine = tp.parse_args("--model mine --data mine.jsonl".split())  # never the toy's rate and lengths unasked

@@ -35,17 +35,35 @@ def judge(path):
         shares.append(statistics.mean((a > b) + 0.5 * (a == b) for a in ours for b in theirs))
         truths.append(statistics.mean(ours))
     error = lambda values: statistics.stdev(values) / len(values) ** 0.5
-    return dict(win_rate=statistics.mean(shares), win_rate_se=error(shares), reward=statistics.mean(truths),
+    return dict(judge="truth", win_rate=statistics.mean(shares), win_rate_se=error(shares), reward=statistics.mean(truths),
                 reward_se=error(truths))
 
 
-def study_rows(run, verdicts):
-    """The rows of a run, the reference policy's first, from what the golden model and the truth (`verdicts`, a dict a
-    checkpoint) say."""
+def samples_of(run, row):
+    """The samples from which a row of golden.jsonl was made: those of its own settings."""
+    return run / "golden_samples" / row["settings"] / f"{row['checkpoint']}.jsonl"
+
+
+def rows_with_samples(run):
+    """The rows of RUN/golden.jsonl whose samples were kept; says which were not."""
+    rows = make.read_lines(run / "golden.jsonl")
+    kept = [row for row in rows if samples_of(run, row).exists()]
+    for row in rows:
+        if row not in kept:
+            print(f"{run}: no samples of {row['checkpoint']} under settings {row['settings']}: left out; the same"
+                  " `evaluate.py golden` with --keep_samples writes them")
+    if not kept:
+        raise SystemExit(f"{run}: no samples of any row of golden.jsonl: run `evaluate.py golden --keep_samples`")
+    return kept
+
+
+def study_rows(run, golden, verdicts):
+    """The rows of a run, the reference policy's first, from what the golden model (`golden`, a row a checkpoint) and
+    the truth (`verdicts`, a dict each) say."""
     header, *steps = make.read_lines(run / "metrics.jsonl")
     args, before = header["args"], 0
     method = args["loss"] if args["log_eps"] == 1 else f"{args['loss']}, log_eps {args['log_eps']:g}"
-    for row, truth in zip(make.read_lines(run / "golden.jsonl"), verdicts):
+    for row, truth in zip(golden, verdicts):
         of = dict(method=method, beta=args["beta"], lr=args["lr"], seed=args["seed"], step=row["step"])
         of |= {name: row[name] for measure in MEASURES for name in (measure, f"{measure}_se")}
         of |= dict(truth_win_rate=truth["win_rate"], truth_win_rate_se=truth["win_rate_se"], truth=truth["reward"],
@@ -103,10 +121,13 @@ def main():
         to = args.out / f"{run.parent.name}-{run.name}"
         to.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / "metrics.jsonl", to / "metrics.jsonl")
-        golden = make.read_lines(run / "golden.jsonl")
-        verdicts = [judge(run / "golden_samples" / f"{row['checkpoint']}.jsonl") for row in golden]
+        golden = rows_with_samples(run)
+        verdicts = [judge(samples_of(run, row)) for row in golden]
         (to / "golden.jsonl").write_bytes(make.json_lines([row | truth for row, truth in zip(golden, verdicts)]))
-        rows += study_rows(run, verdicts) if args.rows else []
+        for row, truth in zip(golden, verdicts):
+            print(f"{run} {row['checkpoint']}: win rate by the truth {100 * truth['win_rate']:.1f} +-"
+                  f" {100 * truth['win_rate_se']:.1f} %, sqrt KL {row['sqrt_kl']:.2f}")
+        rows += study_rows(run, golden, verdicts) if args.rows else []
     if args.rows:
         args.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
         args.rows.with_suffix(".md").write_text(report(rows))
