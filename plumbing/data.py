@@ -228,6 +228,12 @@ def encode_after(tokenizer, befores, texts):
     return found
 
 
+def begins_with_a_space(tokenizer):
+    """Does the tokenizer write a space of its own before a text, as SentencePiece does, but not before a line's?"""
+    alone, second_line = tokenizer(["a", "\na"], add_special_tokens=False)["input_ids"]
+    return second_line[-len(alone) :] != alone
+
+
 def require_known(ids, vocab_size):
     """Raises SkipRow where a text has no ids of its own (encode_after's None), or one that the model does not have."""
     if ids is None:
@@ -236,23 +242,10 @@ def require_known(ids, vocab_size):
         raise SkipRow(f"token outside the vocabulary of {vocab_size}")
 
 
-def begins_with_a_space(tokenizer):
-    """Does the tokenizer write a space of its own before a text, as SentencePiece does, but not before a line's?"""
-    alone, second_line = tokenizer(["a", "\na"], add_special_tokens=False)["input_ids"]
-    return second_line[-len(alone) :] != alone
-
-
 def stop_ids(tokenizer):
     """The ids that end a response, in training as in sampling: EOS, what the chat template ends an assistant's turn
     with, and what generation_config.json names."""
     return {tokenizer.eos_token_id, assistant_stop_id(tokenizer), *tokenizer.generation_stops}
-
-
-def is_verbatim(messages, text):
-    """Does the rendered text of a response begin with what its one message says? A template may trim that, or write an
-    empty block of thoughts before it: then it is not what was sampled."""
-    content = text_messages(messages)[0]["content"]
-    return len(messages) == 1 and bool(content) and text.startswith(content)
 
 
 def assistant_stop_id(tokenizer):
@@ -399,6 +392,13 @@ def render_chat(tokenizer, prompt, response, tools=None):
     if response_text.rstrip().endswith(added_tokens(tokenizer)):
         response_text = response_text.rstrip()
     return prompt_text, response_text
+
+
+def is_verbatim(messages, text):
+    """Does the rendered text of a response begin with what its one message says? A template may trim that, or write an
+    empty block of thoughts before it: then it is not what was sampled."""
+    content = text_messages(messages)[0]["content"]
+    return len(messages) == 1 and bool(content) and text.startswith(content)
 
 
 # ---------------------------------------------------------------------------------------- rows as token ids, once a run

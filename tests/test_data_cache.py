@@ -112,9 +112,9 @@ def flip(path, offset):
 
 
 def content(path):
-    """Metadata and tensors, as lists, of a safetensors file. (Its header has another order each time it is written.)"""
+    """Metadata and tensors, as texts of lists, of a safetensors file. (Its header has another order each time it is written.)"""
     with safe_open(path, framework="pt") as file:
-        return file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}
+        return file.metadata(), {name: repr(file.get_tensor(name).tolist()) for name in file.keys()}  # nan is not nan
 
 
 def lie(path):

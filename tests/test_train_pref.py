@@ -776,7 +776,7 @@ def test_help_texts_and_presets(monkeypatch):
         args = tp.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
         assert all(getattr(args, flag) == value for flag, value in values.items() if preset != "paper" or flag != "data")
         assert {flag for flag, value in vars(args).items() if value is None} <= {
-            "ref", "shard", "checkpoint_activations", "save_every", "eval_every"}
+            "ref", "shard", "checkpoint_activations", "chat_template_kwargs", "save_every", "eval_every"}
         assert f"--preset {preset}" in parser.format_help()
     assert tp.parse_args("--preset tldr --beta 0.3".split()).beta == 0.3  # a flag given wins
     mine = tp.parse_args("--model mine --data mine.jsonl".split())  # never the toy's rate and lengths unasked
