@@ -1407,9 +1407,10 @@ class Server:
         # Redirects are not followed: prompts are for the host that was named.
         http = openai.DefaultHttpxClient(follow_redirects=False)
         self.client = openai.OpenAI(api_key=self.key, base_url=args.api, http_client=http, **PATIENCE)
-        # What a request may fail with; after the first two, what a proxy's page, cut or deeply nested JSON leads to.
-        self.failures = (openai.APIError, TimeoutError, json.JSONDecodeError, AttributeError, LookupError, TypeError,
-                         RecursionError)
+        # What a request may fail with; after the first two, what a proxy's page, cut or deeply nested JSON or bytes that
+        # are no UTF-8 lead to.
+        self.failures = (openai.APIError, TimeoutError, json.JSONDecodeError, UnicodeDecodeError, AttributeError,
+                         LookupError, TypeError, RecursionError)
 
     def redact(self, words):
         """Cut the key out, which some servers quote. `x` or `EMPTY`, as people set for a local one, is no secret."""

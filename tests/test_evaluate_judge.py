@@ -443,10 +443,12 @@ def test_a_reply_that_is_no_text(server, tmp_path, reply):
     assert kept.keys() == {0, 2}
 
 
-def test_a_deeply_nested_reply(server, tmp_path):
-    server.reset(lambda request, nth: b"[" * 100000 if "question 1?" in content(request) else fair(request))
+@pytest.mark.parametrize("reply", [b"[" * 100000, b'{"choices": [], "model": "\xff"}'], ids=["deeply nested", "no UTF-8"])
+def test_a_reply_that_cannot_be_read(server, tmp_path, reply):
+    server.reset(lambda request, nth: reply if "question 1?" in content(request) else fair(request))
     with pytest.raises(evaluate.UserError, match="1 of 3 requests failed"):
         judge(server, tmp_path, samples=samples(tmp_path / "s", 3))
+    assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 2
 
 
 def test_a_byte_now_and_then(server, tmp_path, monkeypatch):
