@@ -31,6 +31,7 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 import time
 from array import array
@@ -859,7 +860,8 @@ def sample(args):
     ended = len(stops_said) - stops_said.count(None)
     summary = dict(prompts=len(rows), completions=len(texts), ended=ended, empty=texts.count(""))
     print_rank0(f"{args.out}: {json.dumps(summary)}")
-    print_rank0(f"next: python {HERE}/evaluate.py label --rm REWARD_MODEL --samples {args.out} --out pairs.jsonl")
+    print_rank0(f"next: python {HERE}/evaluate.py label --rm REWARD_MODEL --samples {shlex.quote(args.out)}"
+                " --out pairs.jsonl")
 
 
 def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, desc, with_logps=False):
@@ -946,7 +948,7 @@ def label(args):
         raise UserError(f"no usable pairs in {report}")
     complete = on_rank_0(lambda: write_once(out, as_lines(pairs)))
     print_rank0(f"{out}{complete}: {report}")
-    print_rank0(f"next: python {HERE}/train_pref.py --model REFERENCE --data {out} --loss is_dpo")
+    print_rank0(f"next: python {HERE}/train_pref.py --model REFERENCE --data {shlex.quote(str(out))} --loss is_dpo")
 
 
 def choose_pair(row, rewards, eos, args):
@@ -1054,7 +1056,7 @@ def golden(args):
     if failures:
         raise UserError(f"{len(failures)} runs or checkpoints could not be evaluated, the first: {failures[0]}; all"
                         " others are in RUN/golden.jsonl")
-    print_rank0(f"next: python {HERE}/evaluate.py plot {' '.join(args.runs)} --out figs")
+    print_rank0(f"next: python {HERE}/evaluate.py plot {shlex.join(args.runs)} --out figs")
 
 
 FIGURES = ("win_rate", "kl", "k1", "reward", "length", "ended")  # each with its standard error, over prompts
@@ -1281,10 +1283,10 @@ def bench(args):
     text = as_lines(rows) if args.suite == "mt_bench" else to_json(rows, indent=2) + "\n"
     print_rank0(f"{out}{on_rank_0(lambda: write_once(out, text))}: {summary}")
     if args.suite == "mt_bench":
-        print_rank0(f"next: python {HERE}/evaluate.py judge --mt_bench DIR --samples {out} --api URL --judge MODEL"
-                    " --out verdicts.jsonl")
+        print_rank0(f"next: python {HERE}/evaluate.py judge --mt_bench DIR --samples {shlex.quote(str(out))} --api URL"
+                    " --judge MODEL --out verdicts.jsonl")
     else:
-        print_rank0(f"next: alpaca_eval --model_outputs {out}")
+        print_rank0(f"next: alpaca_eval --model_outputs {shlex.quote(str(out))}")
     return 1 if skipped else 0  # a mean over fewer questions is another one
 
 

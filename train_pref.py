@@ -380,8 +380,8 @@ def main():
     header = on_rank_0(lambda: run_header("train_pref", args, world, device, dict(model=model_dir, ref=ref_dir)))
     resumed = on_rank_0(lambda: checkpoint_to_resume(out, header))
     if resumed == out / "final":
-        print_rank0(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed} --ref"
-                    f" {ref_dir}")
+        print_rank0(f"{resumed} exists: this run is complete. To train on: another --out, --model"
+                    f" {shlex.quote(str(resumed))} --ref {shlex.quote(str(ref_dir))}")
         return 0
     on_rank_0(lambda: open_tracker(args.track, out, header["args"]))
     begin_dir = resumed or model_dir

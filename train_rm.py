@@ -23,6 +23,7 @@ import functools
 import math
 import os
 import random
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -231,7 +232,8 @@ def main():
     header = on_rank_0(lambda: run_header("train_rm", args, world, device, dict(model=model_dir)))
     resumed = on_rank_0(lambda: checkpoint_to_resume(out, header))
     if resumed == out / "final":
-        print_rank0(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed}")
+        print_rank0(f"{resumed} exists: this run is complete. To train on: another --out, --model"
+                    f" {shlex.quote(str(resumed))}")
         return 0
     on_rank_0(lambda: open_tracker(args.track, out, header["args"]))
 
@@ -315,7 +317,8 @@ def main():
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; reward model in {out}/final")
     if (out / "calibration.json").exists():
         print_rank0(reliability(read_json(out / "calibration.json")))
-    print_rank0(f"next: python {HERE}/evaluate.py label --rm {out}/final --samples SAMPLES --out pairs.jsonl")
+    print_rank0(f"next: python {HERE}/evaluate.py label --rm {shlex.quote(str(out))}/final --samples SAMPLES"
+                " --out pairs.jsonl")
     return 0
 
 

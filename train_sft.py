@@ -20,6 +20,7 @@ step.
 import functools
 import math
 import random
+import shlex
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -186,7 +187,8 @@ def main():
     header = on_rank_0(lambda: run_header("train_sft", args, world, device, dict(model=model_dir)))
     resumed = on_rank_0(lambda: checkpoint_to_resume(out, header))
     if resumed == out / "final":
-        print_rank0(f"{resumed} exists: this run is complete. To train on: another --out, --model {resumed}")
+        print_rank0(f"{resumed} exists: this run is complete. To train on: another --out, --model"
+                    f" {shlex.quote(str(resumed))}")
         return 0
     on_rank_0(lambda: open_tracker(args.track, out, header["args"]))
 
@@ -271,8 +273,9 @@ def main():
     save_checkpoint(out / "final", model=policy, tokenizer=tokenizer, files=files, run=header["run"],
                     save_dtype=args.save_dtype)
     print_rank0(f"done: {total} steps in {time.perf_counter() - began:.0f} s; model in {out}/final")
-    print_rank0(f"next: python {HERE}/train_rm.py --model {out}/final --data LABELLED_PAIRS, or python"
-                f" {HERE}/evaluate.py sample --model {out}/final --data PROMPTS --temperature 1 --top_p 1 --out"
+    final = shlex.quote(str(out / "final"))
+    print_rank0(f"next: python {HERE}/train_rm.py --model {final} --data LABELLED_PAIRS, or python"
+                f" {HERE}/evaluate.py sample --model {final} --data PROMPTS --temperature 1 --top_p 1 --out"
                 " samples.jsonl")
     return 0
 

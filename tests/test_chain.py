@@ -23,6 +23,8 @@ def rows_of(name, n, *columns):
 
 
 def test_the_chain(run_script, tmp_path):
+    tmp_path = tmp_path / "a folder"  # what a command says is next can be pasted
+    tmp_path.mkdir()
     files = {"demonstrations.jsonl": rows_of("sft", 40), "labelled.jsonl": rows_of("rm_pairs", 40), "prompts.jsonl": rows_of("truth_pairs", 40, "prompt"),
              "held_out.jsonl": rows_of("pairs_eval", 12)}
     for name, rows in files.items():
@@ -36,6 +38,9 @@ def test_the_chain(run_script, tmp_path):
         words = [str(tmp_path / word) if word.startswith("out/") or word in files else word for word in words]
         said = run_script(script.removesuffix(".py"))(*words, *small.split()).ok().out
         assert "next: " in said or words[0] == "plot", f"{script} {words[:1]} does not say what comes next"
+        for line in said.splitlines():
+            if line.startswith("next: "):
+                assert all("a folder" in word for word in shlex.split(line) if "folder" in word), line
     # Each arrow is a file, and the last of them a figure with both losses at more than one distance from the reference.
     pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
     assert 8 <= len(pairs) <= 40 and all(pair["chosen_reward"] > pair["rejected_reward"] for pair in pairs)
