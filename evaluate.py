@@ -599,6 +599,8 @@ def prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where):
                                max_prompt_length=args.max_prompt_length)
     if n_cut:
         count_skip(cut, "prompt", where)
+    if not ids:  # of a chat template that writes nothing
+        raise SkipRow("empty prompt")
     return ids
 
 
@@ -893,8 +895,11 @@ def known_logps(tokenizer, prompt, row, ys, logps, args):
     for text, stop, y, logp in zip(row["completions"], row["stops"], ys, logps):
         read = text + (stop or "")
         if isinstance(prompt.content, list) and text.strip():
-            _, read = render_chat(tokenizer, prompt.content, [dict(role="assistant", content=text)], prompt.tools)
-        same = stop is not None and encode_after(tokenizer, [prompt_text], [read])[0] == y
+            try:
+                _, read = render_chat(tokenizer, prompt.content, [dict(role="assistant", content=text)], prompt.tools)
+            except SkipRow:  # the template refuses the response, and a trainer will skip it
+                same = False
+        same = same and encode_after(tokenizer, [prompt_text], [read])[0] == y
         known.append(round(min(logp, 0.0), 3) if same and math.isfinite(logp) else None)
     return known
 
@@ -911,6 +916,7 @@ def sample_row(prompt, answers):
 
 def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
+        same = stop is not None
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
     reward_model, tokenizer, directory = load_reward_model(args, device)

@@ -788,6 +788,23 @@ def test_refused_prompts_are_counted(run_script, chat_dirs, tmp_path):
     assert [row["question_id"] for row in read(tmp_path / "a.jsonl")] == [0]
 
 
+def test_a_template_that_makes_nothing_of_a_prompt_and_refuses_responses(run_script, policy_dir, tmp_path):
+    """The prompt is left out; the responses are kept, without log-probs, which no trainer could use."""
+    import shutil
+
+    from conftest import byte_tokenizer
+
+    template = "{{ messages[0]['content'] }}{% if messages[1] %}{{ raise_exception('no') }}{% endif %}"
+    byte_tokenizer(shutil.copytree(policy_dir, tmp_path / "policy"), chat_template=template)
+    rows = [dict(prompt=[dict(role="user", content=text)]) for text in ("hi", "")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_script("evaluate")("sample", "--model", tmp_path / "policy", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s.jsonl",
+                                    "--max_new_tokens", 3).ok()
+    assert f"1 prompts of 2 rows; skipped: 1 empty prompt (first {tmp_path / 'd.jsonl'}:2)" in result.out
+    (row,) = read(tmp_path / "s.jsonl")
+    assert any(row["completions"]) and row["logps"] == [None, None]
+
+
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 def test_equal_responses_tie(rm_dir, process_group, batch_size):
     """Among other responses, in other places of a batch and in another call: the same to the last bit, and right."""
