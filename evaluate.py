@@ -608,7 +608,8 @@ SAMPLE_FORMAT = 2  # 1: conversations had gone through the policy's template, an
 
 
 def read_samples(path):
-    """-> [("file:line", what `sample` wrote)]; `stops`, `references` may lack: all ended, none. Raises UserError."""
+    """-> [("file:line", what `sample` wrote)]; `stops`, `references`, `logps` may lack: all ended, none, unknown. Raises
+    UserError."""
     samples = list(read_jsonl(Path(path)))
     for where, row in samples:
         if row.get("format") != SAMPLE_FORMAT:
@@ -618,8 +619,12 @@ def read_samples(path):
         row.setdefault("references", [])
         well_formed = are_texts(texts) and texts and are_texts(row["references"])
         well_formed = well_formed and is_prompt(row.get("prompt"))
-        if not well_formed or len(row.setdefault("stops", [""] * len(texts))) != len(texts):
-            raise UserError(f"{where}: want prompt (a text or messages), completions, references (texts) and stops, as"
+        well_formed = well_formed and one_each(texts, row.setdefault("stops", [""] * len(texts)), is_text)
+        if row.get("logps") is not None:
+            well_formed = well_formed and one_each(texts, row["logps"], is_log_prob)
+        if not well_formed:
+            raise UserError(f"{where}: want prompt (a text or messages), completions, references (texts), and for each"
+                            " completion its stop (a text) and, if known, in logps its log-prob (0 at most), or null, as"
                             " `sample` writes them")
         if LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
             raise UserError(f"{where}: half of a surrogate pair: mend or drop that row")
@@ -635,7 +640,21 @@ def is_prompt(content):
 
 
 def are_texts(values):
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+    return isinstance(values, list) and all(is_text(value) for value in values)
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_log_prob(value):
+    return type(value) in (int, float) and -math.inf < value <= 0
+
+
+def one_each(texts, values, is_right):
+    """Is `values` a list of what belongs to each of the texts, or None?"""
+    right = isinstance(values, list) and len(values) == len(texts)
+    return right and all(value is None or is_right(value) for value in values)
 
 
 @functools.lru_cache(maxsize=4)  # the template is rendered for it, which would take longer than a row does
@@ -894,6 +913,7 @@ def known_logps(tokenizer, prompt, row, ys, logps, args):
     known = []
     for text, stop, y, logp in zip(row["completions"], row["stops"], ys, logps):
         read = text + (stop or "")
+        same = stop is not None
         if isinstance(prompt.content, list) and text.strip():
             try:
                 _, read = render_chat(tokenizer, prompt.content, [dict(role="assistant", content=text)], prompt.tools)
@@ -916,7 +936,6 @@ def sample_row(prompt, answers):
 
 def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
-        same = stop is not None
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
     reward_model, tokenizer, directory = load_reward_model(args, device)

@@ -510,6 +510,10 @@ def test_key_and_url(server, tmp_path, monkeypatch):
     ("{broken", "s:1: not JSON"), ('{"format": 2, "prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "nothing to judge"),
     ('{"prompt": "<|im_start|>user", "completions": ["b"]}', "s:1: no sample of format 2"),
     ('{"format": 2, "prompt": ["a"], "completions": ["b"]}', "s:1: want prompt"),
+    *((json.dumps(dict(format=2, prompt="a", completions=["b", "c"], references=["d"]) | wrong), "s:1: want prompt") for wrong in (
+        dict(stops="bc"), dict(stops=None), dict(stops=[1, 2]), dict(stops=[""]), dict(stops={"b": 1, "c": 2}),
+        dict(logps=[-1.0]), dict(logps=[-1.0] * 3), dict(logps=[]), dict(logps=-1.0), dict(logps=["x", None]), dict(logps=[0.5, -1.0]),
+        dict(logps=[True, -1.0]), dict(logps=[-math.inf, -1.0]), dict(logps=[math.nan, -1.0]))),
     ('{"format": 2, "prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "s:1: half of a surrogate pair")])
 def test_bad_samples(server, tmp_path, line, words):
     (tmp_path / "s").write_text(line + "\n")
