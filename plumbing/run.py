@@ -40,15 +40,15 @@ class Parser(argparse.ArgumentParser):
 
 def json_object(text):
     """A flag's value that is a JSON object. Raises ValueError, which argparse makes an error of."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
+    return parse_json(text, "a flag")
 
 
 def check_ranges(parser, args, positive, signed=()):
-    """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at."""
+    """Numbers must be finite and at least 0; those of the flags `positive` above 0; `signed` ones are not looked at.
+    Names must be UTF-8, as safetensors and JSON lines are."""
     for flag, value in vars(args).items():
+        if isinstance(value, str) and value != value.encode(errors="replace").decode():
+            parser.error(f"--{flag} {value!r}: a name that is no UTF-8: rename it")
         if type(value) not in (int, float) or flag in signed:  # a bool is an int to isinstance
             continue
         fits_int64 = type(value) is float or value < 2**63

@@ -313,5 +313,5 @@ def test_chat_template_kwargs(run_script, tiny_llama, tmp_path):
     assert header["args"]["chat_template_kwargs"] == dict(system="Be brief.")
     assert "brief" not in "".join(p.read_text() for p in (out / "final").glob("*.json*") if p.name != "manifest.json")
     run(*arguments(directory, path, out)).refused("holds another run", "chat_template_kwargs was", "data fingerprint was")
-    for wrong in ("[1]", "{x", "3"):
+    for wrong in ("[1]", "{x", "3", 2000 * '{"x":' + 2000 * "}"):
         run(*argv[:-1], wrong).refused("--chat_template_kwargs", code=2)

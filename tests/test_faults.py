@@ -413,5 +413,6 @@ def test_wrong_flags_exit_with_2(run_script, tmp_path, script):
     cli = partial(run_script(script), "--model", tmp_path / "nowhere", "--data", tmp_path / "nothing.jsonl")
     cli("--lr", "nan").refused("--lr", "nan", "at least 0 and finite", code=2)
     cli("--max_length", 64, "--max_prompt_length", 64).refused("--max_prompt_length 64", code=2)
+    cli("--out", "out\udcff").refused("--out 'out\\udcff'", "no UTF-8: rename it", code=2)
     cli("--learning_rate", 1, world=1).refused("--learning_rate", code=2)
     cli().refused("nowhere", code=1)
