@@ -824,12 +824,15 @@ def read_whole_lines(path):
 
 
 def append_rows(out, rows):
-    """Add JSON lines, on rank 0; on disk when it returns."""
+    """Add JSON lines, on rank 0; on disk when it returns. Raises UserError, which names the file, on a full disk."""
     if dist.get_rank() == 0:
-        with open(out, "a", encoding="utf-8") as file:
-            file.write(as_lines(rows))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(as_lines(rows))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error}; the rows before are kept") from None
 
 
 def write_once(path, text):

@@ -372,6 +372,22 @@ def test_sample_resumes(run_script, policy_dir, prompt_file, tmp_path):
     run(*argv).refused(out, "choose another --out")
 
 
+def test_a_full_disk_while_sampling(run_script, policy_dir, prompt_file, tmp_path):
+    """The error names the file; the same command finishes it, to the byte."""
+    from functools import partial
+
+    from runs import full_disk
+
+    run, argv = run_script("evaluate"), ("sample", "--model", policy_dir, "--data", prompt_file, "--batch_size", 2, "--max_new_tokens", 5)
+    run(*argv, "--out", tmp_path / "whole.jsonl").ok()
+    size = (tmp_path / "whole.jsonl").stat().st_size
+    assert size > 2 * (tmp_path / "whole.about.json").stat().st_size
+    run(*argv, "--out", tmp_path / "s.jsonl", action=partial(full_disk, size=size - 1)).refused("cannot write", tmp_path / "s.jsonl", "are kept")
+    assert (tmp_path / "s.jsonl").stat().st_size == size - 1
+    run(*argv, "--out", tmp_path / "s.jsonl").ok()
+    assert (tmp_path / "s.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_an_empty_completion_is_recorded(run_script, policy_dir, prompt_file, tmp_path):
     """A policy that stops at once: its first greedy token is named as an end in generation_config.json."""
     import shutil
