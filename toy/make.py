@@ -251,8 +251,9 @@ def project(script, *words):
     """Run one of the project's scripts by its toy preset; small models are fastest on one thread."""
     command = [sys.executable, HERE.parent / script, *words, "--preset", "toy", "--seed", SEED]
     if FACTS == LONG_FACTS:
-        command += ["--max_length", LONG_POSITIONS, "--max_prompt_length", LONG_PROMPT]
-        command += ["--max_new_tokens", LONG_COMPLETION] if script == "evaluate.py" else []
+        samples = script == "evaluate.py"
+        command += ["--max_new_tokens", LONG_COMPLETION] if samples else ["--max_length", LONG_POSITIONS]
+        command += ["--max_prompt_length", LONG_PROMPT]
     subprocess.run(list(map(str, command)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 

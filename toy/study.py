@@ -326,8 +326,14 @@ def read_rows(rows_file):
 # ----------------------------------------------------------------------------------------------------------- the report
 # Student's t, 97.5%, by degrees of freedom from 1
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
-COLOURS = dict(zip(["dpo", "is_dpo", "wpo", "chi_po", "online"], ("#b04000", "#0060a0", "#3a7d34", "#7a3b8f", "black")))
+LOOKS = {"dpo": ("#b04000", "s"), "is_dpo": ("#0060a0", "o"), "wpo": ("#c2417c", "p"), "chi_po": ("#7a3b8f", "D"),
+         "online": ("black", "*")}  # colour and marker, in every picture
+OTHERS = list(METHODS)[5:11]  # that ran at FIRST_RATES alone
+COMPARISONS = [("is_dpo", "dpo"), ("chi_po", "dpo"), ("wpo", "dpo"), ("online", "dpo"), ("is_dpo", "chi_po"),
+               ("is_dpo", "wpo"), ("online", "is_dpo")]
+BANDS = "mean over seeds; bands: its 95% t interval"
 DISTANCES = (0.5, 0.75, 1.0, 1.5)  # sqrt KL at which win rates are compared
+BRACKETED = 4e-4  # the one rate of it: at higher ones the first checkpoint is past most of them
 
 
 def mean_and_half_width(values):
@@ -343,6 +349,33 @@ def cell(values, digits=1):
     return f"{mean:.{digits}f}" + (f" ± {half_width:.{digits}f}" if len(values) > 1 else "")
 
 
+def table(header, lines):
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+
+
+def read_paths(rows):
+    """{(method, beta, lr): {seed: its rows from the reference on}}"""
+    paths, start = {}, {row["seed"]: row for row in rows if row["method"] == "reference"}
+    for row in rows:
+        if row["method"] != "reference":
+            runs = paths.setdefault((row["method"], row["beta"], row["lr"]), {})
+            runs.setdefault(row["seed"], [start[row["seed"]]]).append(row)
+    return {key: dict(sorted(runs.items())) for key, runs in sorted(paths.items(), key=lambda item: item[0][1:])}
+
+
+def final(path):
+    return 100 * path[-1]["win_rate"]
+
+
+def gain(path):
+    return 100 * (path[-1]["win_rate"] - path[0]["win_rate"])
+
+
+def best(path):
+    """The checkpoint, or the reference, of the highest win rate on the prompts to choose by."""
+    return max(path, key=lambda row: row["choice"])
+
+
 def win_rate_at(path, distance):
     """The win rate (%) where the path of a run, a list of rows from the reference on, first comes to this sqrt KL,
     between two checkpoints on a line; None if it never does."""
@@ -353,29 +386,114 @@ def win_rate_at(path, distance):
     return None
 
 
-def read_paths(rows):
-    """{(method, beta, lr): {seed: its rows from the reference on}}"""
-    paths, start = {}, {row["seed"]: row for row in rows if row["method"] == "reference"}
-    for row in rows:
-        if row["method"] != "reference":
-            runs = paths.setdefault((row["method"], row["beta"], row["lr"]), {})
-            runs.setdefault(row["seed"], [start[row["seed"]]]).append(row)
-    return paths
+def by_seed(ours, theirs):
+    """[(ours, theirs)] of each seed that both have."""
+    return [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
 
 
-def final(path):
-    return 100 * path[-1]["win_rate"]
+def differences(ours, theirs, value=final):
+    """value(ours) - value(theirs) of each seed that both have; ours, theirs: {seed: path}."""
+    return [value(a) - value(b) for a, b in by_seed(ours, theirs)]
 
 
-def best(path):
-    """The checkpoint, or the reference, of the highest win rate on the prompts to choose by."""
-    return max(path, key=lambda row: row["choice"])
+def with_count(values):
+    """A cell of differences, with the number of seeds above 0."""
+    return f"{cell(values)} ({sum(value > 0 for value in values)}/{len(values)})" if values else "-"
 
 
-def table(header, lines):
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+# ------------------------------------------------------------------------------------------------- tables of all rates
+def rates_of(paths, method, beta=0.01):
+    return sorted(lr for name, its_beta, lr in paths if (name, its_beta) == (method, beta))
 
 
+def by_rate_table(paths, methods, value):
+    """value(runs), a cell, of each method and learning rate."""
+    rates = sorted({lr for method in methods for lr in rates_of(paths, method)})
+    lines = [[method, *(value(paths.get((method, 0.01, lr), {})) for lr in rates)] for method in methods]
+    return table(["method", *(f"{lr:g}" for lr in rates)], lines)
+
+
+def comparisons_table(paths):
+    lines = []
+    for ours, theirs in COMPARISONS:
+        runs = [(paths.get((ours, 0.01, lr), {}), paths.get((theirs, 0.01, lr), {})) for lr in RATES]
+        lines.append([f"{ours} - {theirs}", *(with_count(differences(a, b)) for a, b in runs)])
+    return table(["difference", *(f"{lr:g}" for lr in RATES)], lines)
+
+
+def seeds_at_all(paths, method, rates, beta=0.01):
+    """The seeds that a method ran at all these rates with."""
+    return sorted(set.intersection(*(set(paths.get((method, beta, lr), {})) for lr in rates)))
+
+
+def range_table(paths, methods):
+    """How wide the range of rates is at which a method gains; its mean over the five rates, and that minus dpo's."""
+    lines, means = [], {}
+    for method in methods:
+        seeds = seeds_at_all(paths, method, RATES)
+        means[method] = {seed: np.mean([final(paths[method, 0.01, lr][seed]) for lr in RATES]) for seed in seeds}
+        gains = {lr: mean_and_half_width([*map(gain, paths[method, 0.01, lr].values())])
+                 for lr in RATES if (method, 0.01, lr) in paths}
+        wins = [lr for lr, (mean, half_width) in gains.items() if mean - half_width > 0]
+        lowest = min((final_mean(paths, method, lr), lr) for lr in gains) if gains else None
+        to_dpo = [a - b for a, b in by_seed(means[method], means.get("dpo", {}))]
+        lines.append([method, f"{len(wins)} of {len(gains)}", ", ".join(f"{lr:g}" for lr in wins) or "-",
+                      f"{lowest[0]:.1f} ({lowest[1]:g})" if lowest else "-", cell([*means[method].values()]),
+                      with_count(to_dpo) if method != "dpo" else "-"])
+    header = ["method", "rates that gain", "which", "lowest mean (rate)", "mean over the five rates", "minus dpo's"]
+    return table(header, lines)
+
+
+def final_mean(paths, method, lr):
+    return float(np.mean([*map(final, paths[method, 0.01, lr].values())]))
+
+
+def tuned(paths, method, beta, rates):
+    """{seed: (rate, path)}: every seed at the rate of the highest mean final win rate of the *other* seeds on the
+    prompts to choose by."""
+    seeds, chosen = seeds_at_all(paths, method, rates, beta), {}
+    for seed in seeds if len(seeds) > 1 else []:
+        others = [other for other in seeds if other != seed]
+        lr = max(rates, key=lambda lr: np.mean([paths[method, beta, lr][other][-1]["choice"] for other in others]))
+        chosen[seed] = lr, paths[method, beta, lr][seed]
+    return chosen
+
+
+def tuned_table(paths, methods, beta):
+    """Each method at its own best rate, and its differences, by seed, from dpo and is_dpo at theirs."""
+    lines, chosen = [], {}
+    for method in [method for method in methods if len(rates_of(paths, method, beta)) > 1]:
+        chosen[method] = tuned(paths, method, beta, rates_of(paths, method, beta))
+        rates = [lr for lr, _ in chosen[method].values()]
+        runs = {seed: path for seed, (_, path) in chosen[method].items()}
+        chosen[method] = runs
+        times = ", ".join(f"{lr:g}: {rates.count(lr)}" for lr in sorted(set(rates)))
+        lines.append([method, times, cell([*map(final, runs.values())]),
+                      cell([path[-1]["sqrt_kl"] for path in runs.values()], 2),
+                      cell([100 * best(path)["win_rate"] for path in runs.values()]),
+                      *(with_count(differences(runs, chosen.get(other, {}))) if other != method else "-"
+                        for other in ("dpo", "is_dpo"))])
+    return table(["method", "rate: seeds", "final win rate", "sqrt KL", "best checkpoint: win rate", "minus dpo",
+                  "minus is_dpo"], lines)
+
+
+def steps_table(paths):
+    """dpo and is_dpo for 128 steps and for four times as many."""
+    lines = []
+    for method in ("dpo", "is_dpo"):
+        for lr in TWO_RATES:
+            longer = paths.get((f"{method}, 512 steps", 0.01, lr), {})
+            short = {seed: path for seed, path in paths.get((method, 0.01, lr), {}).items() if seed in longer}
+            to_dpo = differences(longer, paths.get(("dpo, 512 steps", 0.01, lr), {})) if method != "dpo" else []
+            lines.append([method, f"{lr:g}", cell([*map(final, short.values())]), cell([*map(final, longer.values())]),
+                          with_count(differences(longer, short)),
+                          *(cell([path[-1]["sqrt_kl"] for path in runs.values()], 2) for runs in (short, longer)),
+                          cell([100 * best(path)["win_rate"] for path in longer.values()]), with_count(to_dpo)])
+    return table(["method", "rate", "128 steps: final", "512 steps: final", "512 - 128", "128 steps: sqrt KL",
+                  "512 steps: sqrt KL", "512 steps: best checkpoint", "512 steps: minus dpo"], lines)
+
+
+# ------------------------------------------------------------------------------------------------ tables of one rate
 def ends_table(here):
     """The last and the best checkpoint of each method; here: {method: {seed: path}} of a beta and learning rate."""
     lines = []
@@ -390,73 +508,171 @@ def ends_table(here):
                   "best checkpoint: win rate", "sqrt KL", "ESS share at the end"], lines)
 
 
-def differences_table(here):
-    """Each method minus dpo and minus chi_po, by seed, in points."""
+def differences_table(here, distances):
+    """Each method minus dpo and minus chi_po, by seed, in points; at these sqrt KL too."""
     lines = []
     for method, other in [(method, other) for other in ("dpo", "chi_po") for method in here if method != other]:
-        pairs = [(here[method][seed], here[other][seed]) for seed in sorted({*here[method]} & {*here.get(other, {})})]
+        pairs = by_seed(here[method], here.get(other, {}))
         if not pairs or (method, other) == ("dpo", "chi_po"):  # that one stands there with the other sign
             continue
-        at = [[(win_rate_at(a, d), win_rate_at(b, d)) for a, b in pairs] for d in DISTANCES]
+        at = [[(win_rate_at(a, d), win_rate_at(b, d)) for a, b in pairs] for d in distances]
         at = [[a - b for a, b in both if a is not None and b is not None] for both in at]
         ends = [final(a) - final(b) for a, b in pairs]
         lines.append([f"{method} - {other}", str(len(pairs)), cell(ends), str(sum(end > 0 for end in ends)),
                       cell([100 * (best(a)["win_rate"] - best(b)["win_rate"]) for a, b in pairs]),
                       *(f"{cell(values)} ({len(values)})" for values in at)])
     header = ["difference", "seeds", "final", "seeds above 0", "best checkpoint"]
-    return table(header + [f"at sqrt KL {d:g}" for d in DISTANCES], lines)
+    return table(header + [f"at sqrt KL {d:g}" for d in distances], lines)
 
 
-def rates_table(paths, beta):
-    """Each method that ran at all learning rates, at the one at which it ends highest on the prompts to choose by."""
-    lines = []
-    for method in METHODS:
-        rates = {lr: list(paths[method, beta, lr].values()) for lr in FIRST_RATES if (method, beta, lr) in paths}
-        if len(rates) == len(FIRST_RATES):
-            lr = max(rates, key=lambda lr: np.mean([path[-1]["choice"] for path in rates[lr]]))
-            lines.append([method, f"{lr:g}", str(len(rates[lr])), cell([final(path) for path in rates[lr]]),
-                          cell([path[-1]["sqrt_kl"] for path in rates[lr]], 2),
-                          cell([100 * best(path)["win_rate"] for path in rates[lr]])])
-    return table(["method", "learning rate", "seeds", "final win rate", "sqrt KL", "best checkpoint: win rate"], lines)
+def over_training_table(paths, name, scale, digits):
+    """A measure after each checkpoint, of long posts."""
+    lines, steps = [], checkpoint_steps("dpo")
+    for (method, _, lr), runs in paths.items():
+        at = [[scale * row[name] for path in runs.values() for row in path if row["step"] == step] for step in steps]
+        lines.append([method, f"{lr:g}", *(cell(values, digits) for values in at)])
+    return table(["method", "rate", *(f"step {step}" for step in steps)], lines)
 
 
-def report(rows):
+def report(rows, long_rows):
     """The tables, as Markdown."""
     paths, reference = read_paths(rows), [100 * row["win_rate"] for row in rows if row["method"] == "reference"]
-    text = ("Made by `toy/study.py report` from study_truth.jsonl. Means over seeds ± half the 95% t interval. Win"
-            f" rates in % by the truth; the reference's is {cell(reference)} ({len(reference)} seeds). Best checkpoint:"
-            " of a run, the reference among them, by 512 other prompts. Differences: of runs of one seed, in points;"
-            " at a sqrt KL: of the seeds, their number in brackets, in which both come to it. ESS share: mean over the"
-            " last 24 steps.\n")
-    for beta, lr in dict.fromkeys((beta, lr) for _, beta, lr in paths):
-        here = {method: paths[method, beta, lr] for method in METHODS if (method, beta, lr) in paths}
-        text += f"\n### beta {beta:g}, learning rate {lr:g}\n\n{ends_table(here)}\n{differences_table(here)}"
-    for beta in dict.fromkeys(beta for _, beta, lr in paths if lr == FIRST_RATES[-1]):
-        text += f"\n### beta {beta:g}, each method at the rate at which it ends higher on the 512 prompts\n\n"
-        text += rates_table(paths, beta)
+    main = [method for method in LOOKS if rates_of(paths, method)]
+    text = ("Made by `toy/study.py report` from study_truth.jsonl and study_long.jsonl; what was decided beforehand:"
+            " toy/study.py. Means over seeds ± half the 95% t interval. Win rates in % by the truth; the reference's is"
+            f" {cell(reference)} ({len(reference)} seeds). Differences: of runs of one seed, in points; in brackets the"
+            " seeds above 0 of all. Best checkpoint: of a run, the reference among them, by 512 other prompts. ESS"
+            " share: mean over the last 24 steps.\n\n## The rate study: beta 0.01, ten seeds (wpo: five)\n")
+    cells = lambda value, digits=1: lambda runs: cell([*map(value, runs.values())], digits)
+    text += f"\n### Final win rate by learning rate\n\n{by_rate_table(paths, main, cells(final))}"
+    text += f"\n### Final win rate minus the reference's\n\n{by_rate_table(paths, main, cells(gain))}"
+    text += "\n### sqrt KL at the end\n\n" + by_rate_table(paths, main, cells(lambda path: path[-1]["sqrt_kl"], 2))
+    text += f"\n### Differences of final win rates, at the same rate\n\n{comparisons_table(paths)}"
+    text += ("\n### How wide the range of rates is\n\nA rate gains if the interval of the final win rate minus the"
+             f" reference's is above 0.\n\n{range_table(paths, main)}")
+    text += ("\n### Each method at its own best rate\n\nThe rate of a seed: the one of the highest mean final win"
+             f" rate of the other seeds, on 512 other prompts.\n\n{tuned_table(paths, main, 0.01)}")
+    text += f"\n### Four times the steps\n\n{steps_table(paths)}"
+    if long_rows:
+        long_paths = read_paths(long_rows)
+        long_reference = [row for row in long_rows if row["method"] == "reference"]
+        text += ("\n## Long posts: ten to thirteen facts\n\nThe reference's win rate is"
+                 f" {cell([100 * row['win_rate'] for row in long_reference])}, its truth"
+                 f" {cell([row['truth'] for row in long_reference], 2)} points, its length"
+                 f" {cell([row['length'] for row in long_reference])} tokens ({len(long_reference)} seeds).\n")
+        text += rate_sections(long_paths, "###", ())
+        for title, *how in (("Win rate", "win_rate", 100, 1), ("sqrt KL", "sqrt_kl", 1, 2),
+                            ("ESS share of the steps since the checkpoint before", "ess", 1, 2)):
+            text += f"\n### {title}, over training\n\n{over_training_table(long_paths, *how)}"
+    text += f"\n## Rate by rate\n{rate_sections(paths, '###', DISTANCES)}"
+    text += f"\n### Other losses and caps at their own better rate, beta 0.01\n\n{tuned_table(paths, OTHERS, 0.01)}"
+    text += f"\n### Each method at its own better rate, beta 0.1\n\n{tuned_table(paths, METHODS, 0.1)}"
     return text
 
 
-def draw_picture(rows, beta, lr):
-    """Win rate and sqrt KL over training, the main methods, mean and 95% t band."""
+def rate_sections(paths, level, distances):
+    text = ""
+    for beta, lr in dict.fromkeys((beta, lr) for _, beta, lr in paths):
+        here = {method: paths[method, beta, lr] for method in METHODS if (method, beta, lr) in paths}
+        text += f"\n{level} beta {beta:g}, learning rate {lr:g}\n\n{ends_table(here)}"
+        if len(here) > 1:
+            text += "\n" + differences_table(here, distances if lr == BRACKETED else ())
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------- the pictures
+WIN_RATE, SQRT_KL, ESS = "win rate by the truth (%)", "√KL(π || ref) (√nats)", "ESS, share of a step's pairs"
+
+
+def label(method, numbers_of_seeds):
+    low, high = min(numbers_of_seeds), max(numbers_of_seeds)
+    return f"{method} ({low if low == high else f'{low}-{high}'} seeds)"
+
+
+def new_figure(panels, size):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes, paths = figure.subplots(1, 2), read_paths(rows)
-    panels = [("win_rate", 100, "win rate by the truth (%)"), ("sqrt_kl", 1, r"$\sqrt{KL}$ ($\sqrt{nats}$)")]
-    for ax, (name, scale, label) in zip(axes, panels):
-        for method, colour in COLOURS.items():
-            columns = list(zip(*paths.get((method, beta, lr), {}).values()))  # the rows of all seeds at a step
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, panels)
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    return figure, axes
+
+
+def draw_line(ax, x, columns, method, **look):
+    """A method's means over seeds, with the band of their 95% t intervals; columns: a list of values an x."""
+    colour, marker = LOOKS[method]
+    mean, half_width = np.array([mean_and_half_width(values) for values in columns]).T
+    name = label(method, [*map(len, columns)])
+    ax.plot(x, mean, color=colour, **dict(marker=marker, markersize=5, label=name) | look)
+    ax.fill_between(x, mean - half_width, mean + half_width, color=colour, alpha=0.13, linewidth=0)
+
+
+def draw_rates(rows):
+    """Final win rate over the learning rate, and over sqrt KL: there with bars, as both have an interval."""
+    paths, reference = read_paths(rows), [100 * row["win_rate"] for row in rows if row["method"] == "reference"]
+    figure, (left, right) = new_figure(2, (10, 4.4))
+    shown = []  # sqrt KL: an interval may reach below 0, where a logarithmic axis does not
+    for method, (colour, marker) in LOOKS.items():
+        rates = rates_of(paths, method)
+        runs = [[*paths[method, 0.01, lr].values()] for lr in rates]
+        if not rates:
+            continue
+        ends = [[final(path) for path in of_rate] for of_rate in runs]
+        draw_line(left, rates, ends, method)
+        distances = [[path[-1]["sqrt_kl"] for path in of_rate] for of_rate in runs]
+        (x, xerr), (y, yerr) = (np.array([*map(mean_and_half_width, columns)]).T for columns in (distances, ends))
+        right.errorbar(x, y, yerr, xerr, color=colour, marker=marker, markersize=5, elinewidth=0.7, alpha=0.9)
+        shown += [*x]
+    for ax in (left, right):
+        ax.axhline(np.mean(reference), color="grey", linestyle="--", linewidth=1, label="the reference policy")
+        ax.set_ylabel(f"final {WIN_RATE}")
+    left.set_xscale("log")
+    left.set_xticks([5e-5, *RATES], [f"{lr:g}" for lr in (5e-5, *RATES)], fontsize=8)
+    left.minorticks_off()
+    left.set_xlabel("learning rate")
+    right.set_xscale("log")
+    right.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"], fontsize=8)
+    right.set_xlim(0.8 * min(shown), 1.25 * max(shown))
+    right.minorticks_off()
+    right.set_xlabel(f"final {SQRT_KL}, a point a learning rate")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8,
+                  title=f"{BANDS} (right: bars)", title_fontsize=8)
+    return figure
+
+
+def draw_training(rows, beta, lr):
+    """Win rate and sqrt KL over training."""
+    paths = read_paths(rows)
+    figure, axes = new_figure(2, (10, 4.2))
+    for ax, (name, scale, y) in zip(axes, [("win_rate", 100, WIN_RATE), ("sqrt_kl", 1, SQRT_KL)]):
+        for method in LOOKS:
+            columns = [*zip(*paths.get((method, beta, lr), {}).values())]  # the rows of all seeds at a step
             if columns:
                 values = [[scale * row[name] for row in column] for column in columns]
-                mean, half_width = np.array([mean_and_half_width(of_step) for of_step in values]).T
-                steps = [column[0]["step"] for column in columns]
-                ax.plot(steps, mean, "o-", color=colour, markersize=4, label=f"{method} ({len(columns[0])} seeds)")
-                ax.fill_between(steps, mean - half_width, mean + half_width, color=colour, alpha=0.15, linewidth=0)
+                draw_line(ax, [column[0]["step"] for column in columns], values, method)
         ax.set_xlabel("step")
-        ax.set_ylabel(label)
-        ax.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLOURS), fontsize=9)
+        ax.set_ylabel(y)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8,
+                  title=f"learning rate {lr:g}: {BANDS}", title_fontsize=8)
+    return figure
+
+
+def draw_long(rows):
+    """Win rate, sqrt KL and ESS over training on long posts, at both rates."""
+    paths = read_paths(rows)
+    figure, axes = new_figure(3, (12, 4.2))
+    for ax, (name, scale, y) in zip(axes, [("win_rate", 100, WIN_RATE), ("sqrt_kl", 1, SQRT_KL), ("ess", 1, ESS)]):
+        for (method, _, lr), runs in paths.items():
+            columns = [column for column in zip(*runs.values()) if name in column[0]]
+            values = [[scale * row[name] for row in column] for column in columns]
+            lined = dict(linestyle="--" if lr == min(TWO_RATES) else "-")
+            draw_line(ax, [column[0]["step"] for column in columns], values, method,
+                      label=label(f"{method}, rate {lr:g}", [*map(len, columns)]), **lined)
+        ax.set_xlabel("step")
+        ax.set_ylabel(y)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8,
+                  title=f"long posts: {BANDS}", title_fontsize=8)
     return figure
 
 
@@ -470,9 +686,13 @@ def main():
     args = parser.parse_args()
     if args.command == "run":
         run(args.out, args.parts, args.seeds)
-    else:
-        ROWS.with_suffix(".md").write_text(report(read_rows(ROWS)))
-        draw_picture(read_rows(ROWS), 0.01, 4e-4).savefig(ROWS.with_suffix(".png"), dpi=150)
+        return
+    rows, long_rows = read_rows(ROWS), read_rows(LONG_ROWS)
+    ROWS.with_suffix(".md").write_text(report(rows, long_rows))
+    draw_training(rows, 0.01, 4e-4).savefig(ROWS.with_suffix(".png"), dpi=150)
+    draw_rates(rows).savefig(ROWS.with_name("study_rates.png"), dpi=150)
+    if long_rows:
+        draw_long(long_rows).savefig(LONG_ROWS.with_suffix(".png"), dpi=150)
 
 
 if __name__ == "__main__":
