@@ -294,19 +294,25 @@ def predicted_tokens(prompts, places):
     return predict, targets
 
 
+RESPONSES_A_ROW = 8
+
+
 def compute_in_batches(compute, prompts, responses, *, columns, batch_size, desc):
     """compute(prompts, responses) -> (responses, columns) on batches of about batch_size responses, divided among ranks
     -> a float64 CPU tensor (number of responses of the prompt, columns) a prompt, on every rank."""
-    counts = [len(ys) for ys in responses]
+    groups = []  # (prompt, some of its responses): a row each, whose attention grows with the square of its length
+    for prompt, ys in zip(prompts, responses):
+        groups += [(prompt, ys[start : start + RESPONSES_A_ROW]) for start in range(0, len(ys), RESPONSES_A_ROW)]
+    counts = [len(ys) for _, ys in groups]
     ends = list(itertools.accumulate(counts))
     results = torch.zeros(sum(counts), columns, dtype=torch.float64)
-    lengths = [len(prompt) + sum(map(len, ys)) for prompt, ys in zip(prompts, responses)]
+    lengths = [len(prompt) + sum(map(len, ys)) for prompt, ys in groups]
     for mine in rounds_of_rank(lengths, batch_size // max(counts, default=1), desc):
         if mine:
             rows = [row for i in mine for row in range(ends[i] - counts[i], ends[i])]
-            results[rows] = compute([prompts[i] for i in mine], [responses[i] for i in mine]).double().cpu()
+            results[rows] = compute([groups[i][0] for i in mine], [groups[i][1] for i in mine]).double().cpu()
     dist.all_reduce(results)  # each was computed by one rank: a sum with zeros is exact
-    return list(results.split(counts))
+    return list(results.split([len(ys) for ys in responses]))
 
 
 @torch.no_grad()
