@@ -724,7 +724,7 @@ def load_policy(name, args, device):
 NO_SAMPLING = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config",
                "max_length", "max_new_tokens", "use_cache")
 
-def load_reward_model(args, device):
+def load_scorer(args, device):
     model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device, args.chat_template_kwargs)
     if args.preset != "toy":
         check_length(read_config(directory), directory, args.max_length)
@@ -911,7 +911,7 @@ def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    reward_model, tokenizer, directory = load_reward_model(args, device)
+    reward_model, tokenizer, directory = load_scorer(args, device)
     vocab_size = reward_model.model.embed_tokens.num_embeddings
     samples = read_samples(args.samples)
     provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
@@ -995,7 +995,7 @@ Evaluation = namedtuple("Evaluation", "run path name weights step epoch row_exis
 def golden(args):
     """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    reward_model, rm_tokenizer, rm_directory = load_reward_model(args, device)
+    reward_model, rm_tokenizer, rm_directory = load_scorer(args, device)
     ref, tokenizer, ref_directory = load_policy(args.ref, args, device)
     stops = sorted(stop_ids(tokenizer))
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
