@@ -388,6 +388,9 @@ def render_chat(tokenizer, prompt, response, tools=None):
         raise SkipRow("prompt mismatch")
     if not any((message["content"] or "").strip() or message.get("tool_calls") for message in response):
         raise SkipRow("empty response")
+    # The field's way to say that a message is not to be learned; those of the prompt never are.
+    if any(message.get("weight") == 0 for message in response):
+        raise SkipRow("response of weight 0")
     # Rendered twice and split as texts: where the template would put a response's ids is not for us to guess.
     prompt_text = apply_template(tokenizer, prompt, tools, add_generation_prompt=True)
     whole = apply_template(tokenizer, prompt + response, tools, add_generation_prompt=False)

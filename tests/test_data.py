@@ -434,6 +434,7 @@ def test_text_without_bos(tmp_path):
     ("empty completion", dict(chosen="\n\nHuman: a\n\nAssistant: ")),
     ("prompt mismatch", dict(messages=turns("Hi"))), ("prompt mismatch", dict(messages=turns("Hi", "Hello", "Bye"))),
     ("prompt mismatch", dict(messages=[])), ("wrong types, a message is str", dict(messages=["Hi", "Hello"])),
+    ("response of weight 0", dict(messages=[*turns("Hi"), dict(role="assistant", content="Hello", weight=0)])),
     ("empty response", dict(messages=turns("Hi", " "))), ("empty response", dict(prompt="p", completion="</s>")),
 ])
 def test_skipped_demonstrations(kind, row, byte, tmp_path):
