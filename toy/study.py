@@ -257,7 +257,7 @@ def train_here(toy, method, beta, lr, seed):
     data = [json.loads(line) for line in gzip.open(toy.directory / "truth_pairs.jsonl.gz")]
     texts = [row["prompt"] for row in data]
     ids = prompt_ids(toy.tokenizer, texts)
-    sides = [ev.encode(toy.tokenizer, [row[side] for row in data], len(make.WORDS)) for side in ("chosen", "rejected")]
+    sides = [ev.encode(toy.tokenizer, [row[side] for row in data]) for side in ("chosen", "rejected")]
     data_pairs = [[[*chosen, EOS], [*rejected, EOS]] for chosen, rejected in zip(*sides)]
     esses, means = [], []
     for step in range(1, STEPS + 1):
