@@ -544,7 +544,8 @@ def report(rows, long_rows):
             " seeds above 0 of all. Best checkpoint: of a run, the reference among them, by 512 other prompts. ESS"
             " share: mean over the last 24 steps.\n\n## The rate study: beta 0.01, ten seeds (wpo: five)\n")
     cells = lambda value, digits=1: lambda runs: cell([*map(value, runs.values())], digits)
-    text += f"\n### Final win rate by learning rate\n\n{by_rate_table(paths, main, cells(final))}"
+    text += "\n### Final win rate by learning rate\n\nIn brackets: seeds.\n\n"
+    text += by_rate_table(paths, main, lambda runs: f"{cell([*map(final, runs.values())])} ({len(runs)})")
     text += f"\n### Final win rate minus the reference's\n\n{by_rate_table(paths, main, cells(gain))}"
     text += "\n### sqrt KL at the end\n\n" + by_rate_table(paths, main, cells(lambda path: path[-1]["sqrt_kl"], 2))
     text += f"\n### Differences of final win rates, at the same rate\n\n{comparisons_table(paths)}"
