@@ -257,7 +257,7 @@ def train_here(toy, method, beta, lr, seed):
     data = [json.loads(line) for line in gzip.open(toy.directory / "truth_pairs.jsonl.gz")]
     texts = [row["prompt"] for row in data]
     ids = prompt_ids(toy.tokenizer, texts)
-    sides = [ev.encode(toy.tokenizer, [row[side] for row in data], len(make.WORDS)) for side in ("chosen", "rejected")]
+    sides = [ev.encode(toy.tokenizer, [row[side] for row in data]) for side in ("chosen", "rejected")]
     data_pairs = [[[*chosen, EOS], [*rejected, EOS]] for chosen, rejected in zip(*sides)]
     esses, means = [], []
     for step in range(1, STEPS + 1):
@@ -327,7 +327,7 @@ def read_rows(rows_file):
 # Student's t, 97.5%, by degrees of freedom from 1
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 LOOKS = {"dpo": ("#b04000", "s"), "is_dpo": ("#0060a0", "o"), "wpo": ("#c2417c", "p"), "chi_po": ("#7a3b8f", "D"),
-         "online": ("black", "*")}  # colour and marker, in every picture
+         "online": ("black", "h")}  # colour and marker, in every picture
 OTHERS = list(METHODS)[5:11]  # that ran at FIRST_RATES alone
 COMPARISONS = [("is_dpo", "dpo"), ("chi_po", "dpo"), ("wpo", "dpo"), ("online", "dpo"), ("is_dpo", "chi_po"),
                ("is_dpo", "wpo"), ("online", "is_dpo")]
@@ -544,7 +544,8 @@ def report(rows, long_rows):
             " seeds above 0 of all. Best checkpoint: of a run, the reference among them, by 512 other prompts. ESS"
             " share: mean over the last 24 steps.\n\n## The rate study: beta 0.01, ten seeds (wpo: five)\n")
     cells = lambda value, digits=1: lambda runs: cell([*map(value, runs.values())], digits)
-    text += f"\n### Final win rate by learning rate\n\n{by_rate_table(paths, main, cells(final))}"
+    text += "\n### Final win rate by learning rate\n\nIn brackets: seeds.\n\n"
+    text += by_rate_table(paths, main, lambda runs: f"{cell([*map(final, runs.values())])} ({len(runs)})")
     text += f"\n### Final win rate minus the reference's\n\n{by_rate_table(paths, main, cells(gain))}"
     text += "\n### sqrt KL at the end\n\n" + by_rate_table(paths, main, cells(lambda path: path[-1]["sqrt_kl"], 2))
     text += f"\n### Differences of final win rates, at the same rate\n\n{comparisons_table(paths)}"
