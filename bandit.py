@@ -357,7 +357,7 @@ def figure_1(seed):
 # ------------------------------------------------------------------------------------------------- pictures and tables
 # The same in evaluate.py.
 LOOKS = {"dpo": ("#b04000", "s"), "is_dpo": ("#0060a0", "o"), "ipo": ("#d08a00", "v"), "is_ipo": ("#3a7d34", "^"),
-         "chi_po": ("#7a3b8f", "D"), "rpo": ("#606060", "P"), "length_dpo": ("#8c6d46", "X"), "online": ("black", "*")}
+         "chi_po": ("#7a3b8f", "D"), "rpo": ("#606060", "P"), "length_dpo": ("#8c6d46", "X"), "online": ("black", "h")}
 
 
 def draw_figure_1(rows):

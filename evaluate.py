@@ -295,19 +295,25 @@ def predicted_tokens(prompts, places):
     return predict, targets
 
 
+RESPONSES_A_ROW = 8
+
+
 def compute_in_batches(compute, prompts, responses, *, columns, batch_size, desc):
     """compute(prompts, responses) -> (responses, columns) on batches of about batch_size responses, divided among ranks
     -> a float64 CPU tensor (number of responses of the prompt, columns) a prompt, on every rank."""
-    counts = [len(ys) for ys in responses]
+    groups = []  # (prompt, some of its responses): a row each, whose attention grows with the square of its length
+    for prompt, ys in zip(prompts, responses):
+        groups += [(prompt, ys[start : start + RESPONSES_A_ROW]) for start in range(0, len(ys), RESPONSES_A_ROW)]
+    counts = [len(ys) for _, ys in groups]
     ends = list(itertools.accumulate(counts))
     results = torch.zeros(sum(counts), columns, dtype=torch.float64)
-    lengths = [len(prompt) + sum(map(len, ys)) for prompt, ys in zip(prompts, responses)]
+    lengths = [len(prompt) + sum(map(len, ys)) for prompt, ys in groups]
     for mine in rounds_of_rank(lengths, batch_size // max(counts, default=1), desc):
         if mine:
             rows = [row for i in mine for row in range(ends[i] - counts[i], ends[i])]
-            results[rows] = compute([prompts[i] for i in mine], [responses[i] for i in mine]).double().cpu()
+            results[rows] = compute([groups[i][0] for i in mine], [groups[i][1] for i in mine]).double().cpu()
     dist.all_reduce(results)  # each was computed by one rank: a sum with zeros is exact
-    return list(results.split(counts))
+    return list(results.split([len(ys) for ys in responses]))
 
 
 @torch.no_grad()
@@ -746,7 +752,7 @@ def load_policy(name, args, device):
 NO_SAMPLING = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config",
                "max_length", "max_new_tokens", "use_cache")
 
-def load_reward_model(args, device):
+def load_scorer(args, device):
     model, tokenizer, directory = load_model(args.rm, RewardModel, args.precision, device, args.chat_template_kwargs)
     if args.preset != "toy":
         check_length(read_config(directory), directory, args.max_length)
@@ -941,7 +947,7 @@ def label(args):
     """Preference pairs among sampled completions, as a reward model sees them: its rewards go to OUT.scores.jsonl."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
     out = Path(args.out)
-    reward_model, tokenizer, directory = load_reward_model(args, device)
+    reward_model, tokenizer, directory = load_scorer(args, device)
     vocab_size = reward_model.model.embed_tokens.num_embeddings
     samples = read_samples(args.samples)
     provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
@@ -1025,7 +1031,7 @@ Evaluation = namedtuple("Evaluation", "run path name weights step epoch row_exis
 def golden(args):
     """Win rate, KL and reward of every checkpoint of runs: a row in RUN/golden.jsonl; none is computed twice."""
     _, _, device = init_distributed(args.seed, args.timeout, args.threads)
-    reward_model, rm_tokenizer, rm_directory = load_reward_model(args, device)
+    reward_model, rm_tokenizer, rm_directory = load_scorer(args, device)
     ref, tokenizer, ref_directory = load_policy(args.ref, args, device)
     stops = sorted(stop_ids(tokenizer))
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))

@@ -346,7 +346,8 @@ def reliability(table):
 # ================================================================================= Shared by the scripts: read it once
 # --- shared: pairs (train_rm, train_pref) ---
 class Pair(NamedTuple):
-    """Token ids. The prompt begins with BOS if the tokenizer has one; a response that was not cut ends with a stop."""
+    """Token ids. The prompt begins with BOS where the tokenizer (of texts) or the chat template writes one; a response
+    that was not cut ends with a stop."""
 
     prompt: list
     chosen: list

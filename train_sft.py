@@ -46,7 +46,8 @@ from plumbing.run import (Parser, StepLog, announce_schedule, checkpoint_to_resu
 # ------------------------------------------------------------------------------------------ examples, packing, the loss
 class Example(NamedTuple):
     """Token ids; the loss is on the completion, of plain text (no prompt, or BOS alone) on all but the first token. The
-    prompt begins with BOS if the tokenizer has one; a completion that was not cut ends with its stop."""
+    prompt begins with BOS where the tokenizer (of texts) or the chat template writes one; a completion that was not cut
+    ends with its stop."""
 
     prompt: list
     completion: list

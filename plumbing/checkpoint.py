@@ -136,6 +136,7 @@ def load_weights(model, directory, new=(), drop=()):
     """Fill every parameter from the directory's safetensors, one or sharded; all ranks call it. Strict: UserError names
     a missing, extra or misshapen tensor. For a change of head: parameters `new` are left as they are, tensors `drop`
     unread. Returns the model."""
+    # Hashed by one rank, before any reads it. Each rank then maps the files and takes its own share.
     on_rank_0(lambda: verify_checkpoint(directory))
     files = open_weights(directory)
     params = {name: param for name, param in model.named_parameters() if name not in new}
@@ -211,7 +212,7 @@ def save_checkpoint(directory, *, model, tokenizer, files, run, save_dtype="fp32
     the final model. It is made aside, synced and renamed: `directory` is whole or absent. Raises UserError (a full
     disk)."""
     assert optimizer is None or save_dtype == "fp32"
-    aside = directory.with_name(f".{directory.name}.tmp")
+    aside = directory.with_name(f".{directory.name}.tmp")  # where write_atomically will look for it
     trainer = aside / "trainer"
     dtype = torch.bfloat16 if save_dtype == "bf16" else torch.float32
     params = dict(model.named_parameters())

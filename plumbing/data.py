@@ -100,6 +100,7 @@ def read_jsonl(path):
                 if not text.strip():
                     continue
                 value = json.loads(text)
+                # A line may hold an array of rows, too; one without objects is a row without columns, to be counted.
                 is_array_of_rows = isinstance(value, list) and any(isinstance(item, dict) for item in value)
                 rows = value if is_array_of_rows else [value]
                 for row in rows:
@@ -218,6 +219,7 @@ def encode_after(tokenizer, befores, texts):
     befores = [before[-64:] for before in befores]
     heads = encode(tokenizer, befores)
     wholes = encode(tokenizer, [before + text for before, text in zip(befores, texts)])
+    # Nothing merges with what is not there; but a text on its own would get SentencePiece's space.
     line_start = "\n" if begins_with_a_space(tokenizer) else ""
     found = []
     for text, head, whole in zip(texts, heads, wholes):
@@ -251,14 +253,15 @@ def stop_ids(tokenizer):
 def assistant_stop_id(tokenizer):
     """The id that ends an assistant's turn: the first added token that the chat template writes after what is said, be
     it the pad token or not. EOS where there is no template or it writes none."""
-    said = "0123456789"
+    said = "0123456789"  # stands in no template
     messages = [dict(role="user", content="a"), dict(role="assistant", content=said)]
     try:
         text = apply_template(tokenizer, messages, None, add_generation_prompt=False)
     except (SkipRow, UserError):
         return tokenizer.eos_token_id
     _, found, after = text.rpartition(said)
-    if found:
+    if found:  # a template may say nothing of the assistant's turns
+        # Neither BOS nor the unknown token ends anything, unless EOS is the same token, as in GPT-2's family.
         stops = {*added_tokens(tokenizer)} - {tokenizer.bos_token, tokenizer.unk_token} | {tokenizer.eos_token}
         for token in tokenizer.tokenize(after):
             if token in stops:
@@ -287,6 +290,7 @@ def finish_prompt(ids, tokenizer, *, begin, max_prompt_length):
     if ids[: len(begin)] != begin:
         ids = begin + ids
     n_cut = max(0, len(ids) - max_prompt_length)
+    # SmolLM2's BOS is what begins a turn: it, too, is kept in front of a prompt's end.
     if n_cut and ids[0] == tokenizer.bos_token_id:
         return ids[:1] + ids[1 + n_cut :], n_cut
     return ids[n_cut:], n_cut
@@ -295,7 +299,7 @@ def finish_prompt(ids, tokenizer, *, begin, max_prompt_length):
 def ensure_stop(ids, tokenizer, stops):
     """A response ends with the stop that the template or the sampler put there; EOS where there is none."""
     if not ids or ids[-1] not in stops:
-        ids = ids + [tokenizer.eos_token_id]
+        ids = ids + [tokenizer.eos_token_id]  # not in place: the caller's list may be read again
     if len(ids) == 1:
         raise SkipRow("empty response")
     return ids
@@ -309,6 +313,7 @@ def text_messages(messages):
     for message in messages:
         if not isinstance(message, dict):
             raise SkipRow(f"wrong types, a message is {type(message).__name__}")
+        # Checked here, as a template would make "" of what lacks, and say nothing.
         if "from" in message and "role" not in message:
             raise SkipRow(SHAREGPT)
         if not isinstance(message.get("role"), str):
@@ -318,7 +323,7 @@ def text_messages(messages):
             content = join_parts(content)
         if not isinstance(content, str) and not message.get("tool_calls"):
             raise SkipRow(f"wrong types, a message's content is {type(content).__name__}")
-        found.append(message | dict(content=content))
+        found.append(message | dict(content=content))  # its other keys are the template's to read: tool_calls, name
     return found
 
 
@@ -383,6 +388,10 @@ def render_chat(tokenizer, prompt, response, tools=None):
         raise SkipRow("prompt mismatch")
     if not any((message["content"] or "").strip() or message.get("tool_calls") for message in response):
         raise SkipRow("empty response")
+    # The field's way to say that a message is not to be learned; those of the prompt never are.
+    if any(message.get("weight") == 0 for message in response):
+        raise SkipRow("response of weight 0")
+    # Rendered twice and split as texts: where the template would put a response's ids is not for us to guess.
     prompt_text = apply_template(tokenizer, prompt, tools, add_generation_prompt=True)
     whole = apply_template(tokenizer, prompt + response, tools, add_generation_prompt=False)
     if not whole.startswith(prompt_text):
@@ -454,7 +463,8 @@ def read_behaviour(row, column):
         return math.nan
     if type(value) not in (int, float):
         raise wrong_types(row, [column])
-    if not -math.inf < value <= 0:
+    # NaN fails both comparisons. The cache is float32: what is less than its least would be -inf there.
+    if not torch.finfo(torch.float32).min <= value <= 0:
         raise SkipRow(f"{column} positive or not finite")
     return float(value)
 
@@ -471,6 +481,7 @@ def tokenize_rows(rows, split, counts, *, tokenizer, vocab_size, max_length, max
     if largest >= vocab_size:
         raise UserError(f"token id {largest} is outside the model's vocabulary of {vocab_size}: the tokenizer belongs"
                         " to another model")
+    # Each number is a row's in the data, whatever is skipped: ref_logps and reports are matched to the file by it.
     numbered = enumerate(rows)
     while batch := list(itertools.islice(numbered, BATCH)):
         counts.rows += len(batch)
@@ -484,6 +495,7 @@ def tokenize_rows(rows, split, counts, *, tokenizer, vocab_size, max_length, max
                 # Of plain text the first token is given, as nothing predicts it: BOS, which it may spell itself.
                 if texts.prompt is None and responses[0][:1] == prompt:
                     responses = [responses[0][1:]]
+                # Nothing would predict a response's first token.
                 if not prompt and texts.prompt is not None:
                     raise SkipRow("empty prompt")
                 responses = [ensure_stop(response, tokenizer, stops) for response in responses]
@@ -524,6 +536,7 @@ def split_rows(batch, split, tokenizer, counts):
 def encode_rows(kept, tokenizer):
     """Yield (bare prompt ids, [bare ids of each response after it]) of what split_rows kept."""
     prompts = [texts.prompt or "" for _, _, texts in kept]
+    # One flat list of pairs for the tokenizer, taken apart again below by the number of responses of each row.
     befores = []
     afters = []
     for prompt, (_, _, texts) in zip(prompts, kept):
@@ -624,6 +637,7 @@ def load_rows(path, header, *, row_type, split, source, held_out, recipes, token
             if source_sha256(source) != header["sources"][source]:
                 raise UserError(f"{source} was rewritten while it was read: its rows are not those that the run's"
                                 " fingerprint says; run it again")
+            # Mapped, not read: safetensors writes them from the file's pages.
             ids = np.memmap(ids_file, np.int32, "r+")
             tensors = dict(ids=torch.as_tensor(ids), index=torch.tensor(index),
                            offsets=torch.tensor(offsets).view(len(index), -1))

@@ -98,6 +98,7 @@ def init_distributed(seed, timeout, threads):
         backend = "cpu:gloo,cuda:nccl"
     group = dict(backend=backend, timeout=timedelta(seconds=timeout))
     if "RANK" not in os.environ:
+        # Alone: no port is opened that another run on this machine may have.
         group |= dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(**group)
     return dist.get_rank(), dist.get_world_size(), device
@@ -205,7 +206,7 @@ def write_atomically(path, write):
         for inner in aside.rglob("*"):
             fsync_and_chmod(inner)
         fsync_and_chmod(aside)
-        os.replace(aside, path)
+        os.replace(aside, path)  # as one: nobody ever sees half of it
         fsync_and_chmod(path.parent)  # the new name itself
     except (OSError, SafetensorError) as error:
         if aside.is_dir():

@@ -221,7 +221,7 @@ def checkpoint_to_resume(out, header):
     empty = all(path.name.startswith(".") for path in out.iterdir())  # a kill may have left half of the first file
     if not empty and not metrics.exists():
         raise UserError(f"{out} is not empty and holds no run (no metrics.jsonl): choose another --out")
-    lock_for_writing(out)
+    lock_for_writing(out)  # before anything is read that another process may be about to write
     if not metrics.exists():
         write_text(metrics, to_json(header) + "\n")
     check_same_run(out, header, read_text(metrics).split("\n"))
@@ -229,9 +229,11 @@ def checkpoint_to_resume(out, header):
     for leftover in [*out.glob(".step_*.tmp"), *out.glob(".step_*.old"), out / ".final.tmp"]:
         shutil.rmtree(leftover, ignore_errors=True)
     steps = checkpoints(out)
+    # All of them, not only the newest: each is measured and pruned as one of this run.
     for directory in steps:
         check_mark(directory, header["run"])
     if (out / "final").exists():
+        # Read whole once more: "complete" must not be said of a damaged model.
         check_mark(out / "final", header["run"])
         verify_checkpoint(out / "final")
         return out / "final"
@@ -262,7 +264,7 @@ def check_same_run(out, header, lines):
         raise UserError(f"{out} is not empty and holds no run (metrics.jsonl begins with no header): choose another"
                         " --out") from None
     now = identity(header)
-    differ = []
+    differ = []  # both ways: a flag may be new, or gone
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
             differ.append(f"{name} was {was.get(name)!r}, is {now.get(name)!r}")
@@ -401,11 +403,13 @@ def save_or_stop(out, state, signals, save, *, save_every, keep, keep_state):
     """After each step, on all ranks: where a checkpoint is due, a signal came or 10 steps in a row were not finite,
     save(directory) writes one. -> the exit code to stop with; 0: go on. Raises UserError where it has diverged."""
     step = state["step"]
+    # A signal reaches ranks at different steps, or one of them alone.
     signum = torch.tensor(signals[0] if signals else 0)
-    dist.all_reduce(signum, op=dist.ReduceOp.MAX)  # one that any rank was sent: all must stop at the same step
+    dist.all_reduce(signum, op=dist.ReduceOp.MAX)
     diverged = state["skipped_in_a_row"] == 10
     if signum or diverged or (save_every and step % save_every == 0):
         state["skipped_in_a_row"] %= 10  # whoever goes on after a divergence has ten more
+        # In this order: the log's lines, the checkpoint, and only when that is on disk may older ones go.
         on_rank_0(lambda: sync_metrics(out))
         save(out / f"step_{step:06d}")
         on_rank_0(lambda: prune_checkpoints(out, keep, keep_state))

@@ -269,7 +269,7 @@ SKIPPED = {
         dict(prompt=turns([dict(type="text", text="see"), dict(type="image_url", image_url="x")]), chosen=turns("a", "b")[1:],
              rejected=turns("a", "c")[1:])],
     "wrong types, chosen_logps is str": [GOOD | dict(chosen_logps="-1.5")],
-    "rejected_logps positive or not finite": [GOOD | dict(rejected_logps=value) for value in (0.5, math.nan, -math.inf)],
+    "rejected_logps positive or not finite": [GOOD | dict(rejected_logps=value) for value in (0.5, math.nan, -math.inf, -1e39, -10**400)],
     SHAREGPT: [dict(conversations=[{"from": "human", "value": "a"}], chosen={"from": "gpt", "value": "b"}),
                dict(prompt=[{"from": "human", "value": "a"}], chosen=[{"from": "gpt", "value": "b"}], rejected=turns("a", "c"))],
     "prompt mismatch": [dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: b\n\nAssistant: y"),
@@ -434,6 +434,7 @@ def test_text_without_bos(tmp_path):
     ("empty completion", dict(chosen="\n\nHuman: a\n\nAssistant: ")),
     ("prompt mismatch", dict(messages=turns("Hi"))), ("prompt mismatch", dict(messages=turns("Hi", "Hello", "Bye"))),
     ("prompt mismatch", dict(messages=[])), ("wrong types, a message is str", dict(messages=["Hi", "Hello"])),
+    ("response of weight 0", dict(messages=[*turns("Hi"), dict(role="assistant", content="Hello", weight=0)])),
     ("empty response", dict(messages=turns("Hi", " "))), ("empty response", dict(prompt="p", completion="</s>")),
 ])
 def test_skipped_demonstrations(kind, row, byte, tmp_path):

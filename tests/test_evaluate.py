@@ -730,13 +730,13 @@ def test_a_samples_stop_is_kept_apart(run_script, chat_dirs, tmp_path):
     """Both ends stop the sampler; the text shows neither; what was said can be put together again."""
     policy_dir, _ = chat_dirs
     (tmp_path / "d.jsonl").write_text(json.dumps(dict(prompt=[dict(role="user", content="hi")])) + "\n")
-    run_script("evaluate")("sample", "--model", policy_dir, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s.jsonl", "--k", 300,
+    run_script("evaluate")("sample", "--model", policy_dir, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s.jsonl", "--k", 100,
                            "--max_new_tokens", 60, "--temperature", 1, "--top_p", 1).ok()
     (row,) = read(tmp_path / "s.jsonl")
     policy, tokenizer, _ = load(policy_dir)
     prompt = [*ids_of(policy_dir, "[user]hi"), EOT, *ids_of(policy_dir, "[assistant]")]  # the template writes no BOS
     assert row["prompt"] == [dict(role="user", content="hi")] and set(row["stops"]) == {"</s>", "<|eot|>", None}
-    for text, stop, n, ids in zip(row["completions"], row["stops"], row["n_tokens"], sampled(policy, [prompt], 300, 60, [257, EOT])[0]):
+    for text, stop, n, ids in zip(row["completions"], row["stops"], row["n_tokens"], sampled(policy, [prompt], 100, 60, [257, EOT])[0]):
         assert n == len(ids) and stop == {257: "</s>", EOT: "<|eot|>"}.get(ids[-1]) and (stop or n == 60)
         assert text == tokenizer.decode(ids[: len(ids) - (stop is not None)], clean_up_tokenization_spaces=False)
         assert "<|eot|>" not in text and "</s>" not in text

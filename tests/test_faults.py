@@ -129,8 +129,8 @@ def test_killed_at_20_moments(run_script, model_dir, data, tmp_path):
         left_behind |= {path.name.split(".")[-1] for path in out.glob(".step_*")}
     assert newest >= 10 and left_behind == {"tmp", "old"}  # both were caught half-way
     assert f"resumed from {out}/step_{newest:06d}" in cli(*argv(out)).ok().out
-    cli(*argv(tmp_path / "straight")).ok()
-    assert_same_run(tmp_path / "straight", out)
+    cli(*argv(tmp_path / "straight" / "run")).ok()
+    assert_same_run(tmp_path / "straight" / "run", out)
 
 
 # ----------------------------------------------------------------------------------------------------------- disk, output
@@ -377,7 +377,7 @@ POSITIVE = {flag: [*WHOLE["keep"], "0"] for flag in ("epochs", "batch_size", "mi
                                                      "max_prompt_length", "timeout", "log_every")}
 REAL = {flag: ["-1", "nan", "inf", "-inf", "x", "1e999"] for flag in ("lr", "grad_clip")}
 CHOICES = {flag: ["nothing", ""] for flag in ("preset", "precision", "track", "save_dtype")}
-COMMON = WHOLE | POSITIVE | REAL | CHOICES | {"model": [""], "data": [""]}
+COMMON = WHOLE | POSITIVE | REAL | CHOICES | {"model": [""], "data": [""], "chat_template_kwargs": ["x", "[1]", "3", "{"]}
 WRONG = {
     "train_sft": COMMON | {"kernel": ["cuda"]},
     "train_rm": COMMON | {"center": ["-1", "nan", "inf", "x"]},

@@ -127,7 +127,7 @@ def test_out_removed_during_the_run(run_script, model_dir, data, tmp_path, scrip
     out = tmp_path / "run"
     argv = flags(model_dir, data, out, max_steps=4)
     run_script(script)(*argv, world=world, call=3, action=partial(remove, directory=out)).refused(
-        f"cannot write {out}/step_000003", "No such file or directory")
+        f"{out}/metrics.jsonl", "No such file or directory")
 
 
 @pytest.mark.parametrize("header", ["[1]", "3", '"words"', "null", "{}", '{"args": 3}', "", "{", "\x00",
@@ -273,7 +273,7 @@ def test_warm_up_ends_within_a_short_run(run_script, model_dir, tmp_path, script
     said = cli(*argv, "--out", tmp_path / "as_it_is").ok().out
     peak = 5e-6 if script == "train_rm" else 1e-6
     assert "--warmup_steps 100 would not end within 1 steps: 0 instead" in said
-    assert rates("as_it_is") == pytest.approx([0.1 * peak])  # it was 1%
+    assert rates("as_it_is") == pytest.approx([peak])  # the rate that was asked for: it was 1% of it
     said = cli(*argv, "--out", tmp_path / "longer", "--batch_size", 5, "--epochs", 2).ok().out
     assert "--warmup_steps 100 would not end within 20 steps: 2 instead" in said
     assert rates("longer")[:2] == pytest.approx([0.5 * peak, peak]) and rates("longer")[-1] == pytest.approx(0.1 * peak)
@@ -297,5 +297,5 @@ def test_weights_that_vanish_are_warned_of_once(run_script, model_dir, data, tmp
     first = next(k for k in range(10, 41) if all(vanished[k - 10 : k]))  # ten in a row
     assert said.splitlines()[at - 1].startswith(f"step {first}/40 ")
     said = cli(*flags(model_dir, data, tmp_path / "calm", **how)).ok().out
-    assert "warning: " not in said
+    assert warning not in said
     assert metrics_of(tmp_path / "calm")[0]["loss/unweighted"] == pytest.approx(np.log(2), abs=1e-6)

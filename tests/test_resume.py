@@ -53,11 +53,11 @@ def test_four_ranks(run_script, tiny_llama, data, tmp_path, script):
     cli, model = run_script(script), tiny_llama(tmp_path / "model", seed=7, num_hidden_layers=3, hidden_size=96,
                                                 intermediate_size=256)  # 1.5 MB: more than DDP's first bucket
     argv = lambda out: flags(model, data, out, batch_size=10, micro_batch_size=2, epochs=5, max_steps=8, save_every=0)
-    cli(*argv(tmp_path / "straight"), world=4).ok()
+    cli(*argv(tmp_path / "straight" / "run"), world=4).ok()
     assert cli(*argv(tmp_path / "run"), world=4, call=3, action=signal.SIGTERM, on_rank=2).code == 143
-    shutil.copytree(tmp_path / "run" / "step_000003", tmp_path / "straight" / "step_000003")
+    shutil.copytree(tmp_path / "run" / "step_000003", tmp_path / "straight" / "run" / "step_000003")
     cli(*argv(tmp_path / "run"), world=4).ok()
-    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert_same_run(tmp_path / "straight" / "run", tmp_path / "run")
 
 
 @pytest.mark.parametrize("form", ["1", "2 --shard"])

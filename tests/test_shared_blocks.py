@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLUMBING = sorted((ROOT / "plumbing").glob("*.py"))
 BLOCK = re.compile(r"^# --- shared: (?P<name>\w+) \((?P<scripts>[\w, ]+)\) ---\n.*?^# --- end shared: (?P=name) ---\n", re.S | re.M)
 # What each script says for itself: its entry point, its flags and what their values stand for.
-OWN = {"main", "parse_args", "PAPER", "PRESETS", "RECIPES"}
+OWN = {"main", "parse_args", "PAPER", "PRESETS", "RECIPES", "MADE_BY"}
 
 
 HEADING = re.compile(r"^# =+ Shared by the scripts: read it once\n", re.M)

@@ -72,6 +72,22 @@ def test_what_is_no_post_is_refused(prompt):
         make.parse_post(prompt)
 
 
+def test_long_posts(tmp_path):
+    """Ten to thirteen facts of different people and things; the flag wants another place than toy/, and --truth_only."""
+    rng = random.Random(124)
+    for _ in range(500):
+        post, facts = make.make_post(rng, make.LONG_FACTS)
+        people, _, things = zip(*facts)
+        assert make.parse_post(post) == facts and 10 <= len(facts) <= 13
+        assert len(set(people)) == len(set(things)) == len(facts)
+        assert len(post.split()) < make.LONG_PROMPT and len(make.make_summary(rng, facts).split()) < make.LONG_COMPLETION
+        best = " , ".join(map(" ".join, facts)) + " ."
+        assert make.truth(post, best) == pytest.approx(len(facts) - 0.04 * len(best.split()))
+    for flags in (["--long", "--truth_only"], ["--long", "--to", tmp_path]):
+        result = subprocess.run([sys.executable, TOY / "make.py", *flags], capture_output=True, text=True)
+        assert result.returncode == 2 and "--long" in result.stderr and not [*tmp_path.iterdir()]
+
+
 def test_words_of_the_grammar_do_not_overlap():
     """What makes parsing unambiguous: kinds are disjoint, remarks are no facts, nothing contains a separator."""
     kinds = [make.PEOPLE, make.VERBS, make.THINGS]
@@ -352,32 +368,38 @@ def test_rows_and_tables_of_the_golden_study(tmp_path):
 
 
 def test_study_trains_judges_and_goes_on(tmp_path, monkeypatch):
-    """The driver on a short plan: rows of every checkpoint, nothing twice, and what stands in no row is made again."""
+    """The driver on a short plan: rows of every checkpoint, nothing twice, what stands in no row is made again, and a run
+    that another process holds is left to it."""
     monkeypatch.setattr(study, "ROWS", tmp_path / "rows.jsonl")
     for name, value in dict(JUDGED=40, CHOOSING=10, KL=20, STEPS=4, EVERY=3, WARMUP=2).items():
         monkeypatch.setattr(study, name, value)
     command = study.METHODS["dpo"] + " --max_steps 4"
-    monkeypatch.setattr(study, "METHODS", {"dpo": command, "online": ""})
-    monkeypatch.setattr(study, "PLAN", [(method, 0.01, 1e-3, seed) for seed in (1, 10) for method in ("dpo", "online")])
+    monkeypatch.setattr(study, "METHODS", {"dpo": command, "wpo": "", "online": ""})
+    plan = [(method, 0.01, 1e-3, seed) for seed in (1, 10) for method in ("dpo", "wpo", "online")]
+    monkeypatch.setattr(study, "PARTS", {"some": plan})
     (tmp_path / "toy10").mkdir()
     for path in [*TOY.glob("*.gz"), TOY / "sft"]:
         (tmp_path / "toy10" / path.name).symlink_to(path)
     drawn, draw = [], study.draw
-    monkeypatch.setattr(study, "draw", lambda policy, ids, *how: drawn.extend(ids) or draw(policy, ids, *how))
-    study.run(tmp_path, [10])
-    assert len(drawn) == 50 + 5 * (50 + 20) + 4 * 32  # the references, five policies judged, the steps of online DPO
+    monkeypatch.setattr(study, "draw", lambda toy, of, ids, *how: drawn.extend(ids) or draw(toy, of, ids, *how))
+    study.run(tmp_path, ["some"], [10])
+    assert len(drawn) == 50 + 7 * (50 + 20) + 4 * 32  # the references, seven policies judged, the steps of online DPO
     assert all(ids[0] == make.WORDS.index("<s>") for ids in drawn)  # BOS, as in training
-    made = study.read_rows()
-    steps = [("reference", 0), ("dpo", 3), ("dpo", 4), ("online", 3), ("online", 4)]
+    made = study.read_rows(study.ROWS)
+    steps = [("reference", 0), ("dpo", 3), ("dpo", 4), ("wpo", 3), ("wpo", 4), ("online", 3), ("online", 4)]
     assert [(row["method"], row["step"]) for row in made] == steps
     assert made[0]["kl"] == 0 and all(row["kl"] > 0 for row in made[1:]) and all(row["kl_se"] > 0 for row in made[1:])
-    assert made[1]["ess"] == made[1]["weight"] == 1 and "ess" not in made[3]
-    assert len({row["truth"] for row in made}) > 1 and not (tmp_path / "runs" / "dpo-beta0.01-lr0.001-seed10").exists()
-    study.run(tmp_path, [10])
-    assert study.read_rows() == made
+    assert made[1]["ess"] == made[1]["weight"] == 1 and 0 < made[3]["weight"] < made[3]["ess"] < 1
+    assert "ess" not in made[5]
+    assert len({row["truth"] for row in made}) > 1 and not [*(tmp_path / "runs").iterdir()]
+    study.run(tmp_path, ["some"], [10])
+    assert study.read_rows(study.ROWS) == made
     (tmp_path / "rows.jsonl").write_bytes(make.json_lines(made[:3]))
-    study.run(tmp_path, [10])
-    assert study.read_rows() == made
+    with study.locked(tmp_path / "locks" / "wpo-0.01-0.001-10", wait=True):
+        study.run(tmp_path, ["some"], [10])
+    assert study.read_rows(study.ROWS) == made[:3] + made[5:]
+    study.run(tmp_path, ["some"], [10])
+    assert study.read_rows(study.ROWS) == made[:3] + made[5:] + made[3:5]
 
 
 def test_study_scores_and_log_probs():
@@ -389,61 +411,62 @@ def test_study_scores_and_log_probs():
     rng = random.Random(5)
     prompts = [make.make_post(rng)[0] for _ in range(40)]
     ids = study.prompt_ids(tokenizer, prompts)
+    toy = types.SimpleNamespace(ref=ref, tokenizer=tokenizer, prompts=prompts, ids=ids, max_new_tokens=64)
     assert ids == tokenizer(prompts).input_ids  # BOS in front, as in training
-    said = study.draw(ref, ids, 2, 1.0, 1.0, "some")
-    assert said == [study.draw(ref, [one], 2, 1.0, 1.0, "some")[0] for one in ids]  # of a prompt alone, the same
+    said = study.draw(toy, ref, ids, 2, 1.0, 1.0, "some")
+    assert said == [study.draw(toy, ref, [one], 2, 1.0, 1.0, "some")[0] for one in ids]  # of a prompt alone, the same
     texts = [[tokenizer.decode(y).removesuffix(" </s>").removesuffix("</s>") for y in ys] for ys in said]
     expected = [[make.truth(prompt, text, y[-1] == 2) for text, y in zip(both, ys)]
                 for prompt, both, ys in zip(prompts, texts, said)]
-    toy = types.SimpleNamespace(ref=ref, tokenizer=tokenizer, prompts=prompts, ids=ids)
     assert study.score(toy, prompts, said).tolist() == expected
 
     theirs = AutoModelForCausalLM.from_pretrained(TOY / "sft", dtype=torch.float64).eval()
-    ours = study.response_logps(ref, ids[:5], said[:5])
+    ours, aligned = study.response_logps(ref, ids[:5], said[:5])
+    assert ours.requires_grad and not aligned.requires_grad
     for k in range(5):
         for side in range(2):
             rows_of = torch.tensor([[*ids[k], *said[k][side]]])
-            logps = theirs(rows_of).logits[0, :-1].log_softmax(-1).gather(1, rows_of[0, 1:, None])[:, 0]
-            assert ours[k, side].item() == pytest.approx(logps[len(ids[k]) - 1 :].sum().item(), rel=1e-5)
+            probs = theirs(rows_of).logits[0, len(ids[k]) - 1 : -1].softmax(-1)
+            logps = probs.gather(1, rows_of[0, len(ids[k]) :, None])[:, 0].log()
+            assert ours[k, side].item() == pytest.approx(logps.sum().item(), rel=1e-5)
+            alignment = (logps - probs.pow(2).sum(-1).log()).mean()  # WPO's, of which a pair's weight is made
+            assert aligned[k, side].item() == pytest.approx(alignment.item(), rel=1e-4, abs=1e-6)
 
 
 def test_online_dpo_learns_what_is_true():
     """52 steps at a fair rate: its samples score above the reference's by more than three standard errors."""
-    toy = types.SimpleNamespace(directory=TOY)
+    toy = types.SimpleNamespace(directory=TOY, max_new_tokens=64)
     toy.ref, toy.tokenizer, _ = study.ev.load_model(str(TOY / "sft"), study.ev.CausalLM, "fp32", study.CPU)
     rng = random.Random(6)
     prompts = [make.make_post(rng)[0] for _ in range(256)]
     ids = study.prompt_ids(toy.tokenizer, prompts)
-    truths = lambda policy: study.score(toy, prompts, study.draw(policy, ids, 1, 1.0, 1.0, "held out"))[:, 0]
-    policy = next(policy for step, policy, _ in study.train_online(toy, 0.01, 4e-4, 0) if step == 52)
+    truths = lambda policy: study.score(toy, prompts, study.draw(toy, policy, ids, 1, 1.0, 1.0, "held out"))[:, 0]
+    policy = next(policy for step, policy, _ in study.train_here(toy, "online", 0.01, 4e-4, 0) if step == 52)
     gain = truths(policy) - truths(toy.ref)
     assert gain.mean() > 3 * gain.std() / 16
 
 
-def test_report_of_a_study():
-    """Paths from the reference on; interpolation where a path first comes to a distance; t intervals; the best checkpoint
-    by other prompts."""
-    def row(method, seed, step, win_rate, sqrt_kl, choice):
-        return dict(method=method, beta=0.01, lr=4e-4, seed=seed, step=step, win_rate=win_rate, sqrt_kl=sqrt_kl,
-                    choice=choice, truth=1.0, length=10.0)
-
-    made = [row("reference", seed, 0, 0.5, 0.0, 0.55) | dict(lr=None, beta=None) for seed in (10, 11)]
-    made += [row("dpo", 10, 26, 0.7, 1.0, 0.6), row("dpo", 11, 26, 0.6, 1.0, 0.5), row("dpo", 10, 52, 0.6, 0.8, 0.7),
-             row("dpo", 11, 52, 0.4, 2.0, 0.3)]
-    paths = study.read_paths(made)["dpo", 0.01, 4e-4]
-    assert [one["step"] for one in paths[10]] == [one["step"] for one in paths[11]] == [0, 26, 52]
-    assert study.win_rate_at(paths[10], 0.5) == pytest.approx(60)
-    assert study.win_rate_at(paths[11], 1.5) == pytest.approx(50)
-    assert study.win_rate_at(paths[10], 1.5) is None and study.win_rate_at(paths[10], 0.9) == pytest.approx(68)
-    assert study.best(paths[10])["step"] == 52 and study.best(paths[11])["step"] == 0
-    half_width = 12.706 * abs(60 - 40) / math.sqrt(2) / math.sqrt(2)
-    assert study.mean_and_half_width([60.0, 40.0]) == pytest.approx((50, half_width))
-    text = study.report(made)
-    assert f"| dpo | 2 | 50.0 ± {half_width:.1f} | 1.40" in text
-    assert study.cell([]) == "-" and study.cell([3.0]) == "3.0"
-    made += [row("chi_po", seed, 26, 0.8, 1.0, 0.8) for seed in (10, 11)]
-    assert f"| chi_po - dpo | 2 | 30.0 ± {half_width:.1f} | 2 |" in study.report(made)
-    study.draw_picture(made, 0.01, 4e-4)
+def test_wpo_with_weights_of_one_is_the_trainers_dpo(tmp_path, monkeypatch):
+    """The loop that trains WPO, its weights taken away, against train_pref.py: same pairs, order, rate and clipping."""
+    monkeypatch.setitem(study.METHODS, "dpo", "--loss dpo --max_steps 6")
+    monkeypatch.setattr(study, "STEPS", 6)
+    monkeypatch.setattr(study, "EVERY", 3)
+    monkeypatch.setattr(study, "WARMUP", 30)  # longer than the run: a tenth of it, in both
+    logps = study.response_logps
+    monkeypatch.setattr(study, "response_logps", lambda *of: (logps(*of)[0], 0 * logps(*of)[1].detach()))
+    toy = types.SimpleNamespace(directory=tmp_path / "toy", long=False)
+    toy.directory.mkdir()
+    for name in ("sft", "truth_pairs.jsonl.gz"):
+        (toy.directory / name).symlink_to(TOY / name)
+    toy.ref, toy.tokenizer, _ = study.ev.load_model(str(TOY / "sft"), study.ev.CausalLM, "fp32", study.CPU)
+    ours = [(step, [p.detach().clone() for p in policy.parameters()], log) for step, policy, log in
+            study.train_here(toy, "wpo", 0.01, 1e-3, 0)]
+    theirs = [*study.train_offline(toy, "dpo", 0.01, 1e-3, 0, tmp_path / "run")]
+    assert [step for step, *_ in ours] == [step for step, *_ in theirs] == [3, 6]
+    for (_, mine, log), (_, policy, _) in zip(ours, theirs):
+        assert log == dict(ess=1, weight=1)
+        for p, q, before in zip(mine, policy.parameters(), toy.ref.parameters()):
+            assert (p - q).norm() < 1e-3 * (q - before).norm()
 
 
 def test_quantiles_of_t():

@@ -447,7 +447,8 @@ def test_presets():
     for preset in rm.PRESETS:
         args = rm.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
         assert args.out == f"out/rm-{preset}-seed0" and args.center == 0
-        assert {flag for flag, value in vars(args).items() if value is None} <= {"shard", "checkpoint_activations", "chat_template_kwargs"}
+        assert {flag for flag, value in vars(args).items() if value is None} <= {
+            "shard", "checkpoint_activations", "chat_template_kwargs", "save_every", "eval_every"}
 
 
 def test_nothing_is_defined_and_not_used():

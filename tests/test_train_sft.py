@@ -193,7 +193,8 @@ def test_presets():
     for preset in sft.PRESETS:
         args = sft.parse_args(["--preset", preset, *(["--data", "mine.jsonl"] if preset == "paper" else [])])
         assert args.out == f"out/sft-{preset}"
-        assert {flag for flag, value in vars(args).items() if value is None} <= {"shard", "checkpoint_activations", "chat_template_kwargs"}
+        assert {flag for flag, value in vars(args).items() if value is None} <= {
+            "shard", "checkpoint_activations", "chat_template_kwargs", "save_every", "eval_every"}
     assert sft.parse_args([]).preset == "toy" and sft.parse_args(["--preset", "toy", "--data", "mine.jsonl"]).lr == 3e-3
     mine = sft.parse_args(["--data", "mine.jsonl"])  # never the toy's rate and lengths unasked
     assert (mine.preset, mine.lr, mine.max_length, mine.eval_data) == ("paper", 1e-6, 640, "")

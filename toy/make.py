@@ -10,6 +10,7 @@ no real data set can offer: a preference run here can be judged by what is true 
     python toy/make.py --check    make the files again in a temporary directory, all but the weights, and compare
     python toy/make.py --seed 1 --to out/toy1    other posts, writers, samples, labels and weights, elsewhere
     python toy/make.py --seed 1 --to out/toy1 --truth_only    without what needs rm/: in 2 minutes (toy/study.py)
+    python toy/make.py --seed 1 --to out/long1 --truth_only --long    ten to thirteen facts a post (toy/study.py too)
 
 What is made, in the order of the paper's experiment (one JSON object a line in the .gz files; no prompt stands in two of them):
 
@@ -68,6 +69,11 @@ PUNCTUATION = [".", ",", "and", "tl;dr", ":"]
 WORDS = list(dict.fromkeys(  # the vocabulary: a word's place in this list is its token id
     SPECIAL + PUNCTUATION + " ".join(PEOPLE + VERBS + THINGS + PLACES + TIMES + REMARKS).split()))
 
+# --- the posts: how many facts one tells ---
+FACTS = [2, 3, 3, 4]
+LONG_FACTS = [10, 11, 12, 13]  # --long: a summary of all has 40 to 52 tokens
+LONG_POSITIONS, LONG_PROMPT, LONG_COMPLETION = 256, 128, 96  # tokens
+
 # --- the writers: half are careful and make no mistake; the others do, with these probabilities ---
 CAREFUL = 0.5
 SKIP = 0.3  # a fact
@@ -120,10 +126,16 @@ def pick_different(rng, items, n):
     return [left.pop(int(rng.random() * len(left))) for _ in range(n)]
 
 
-def make_post(rng):
-    """-> (prompt, facts): two to four (person, verb, thing), no word of them used twice, and one idle remark."""
-    n = pick(rng, [2, 3, 3, 4])
-    facts = list(zip(pick_different(rng, PEOPLE, n), pick_different(rng, VERBS, n), pick_different(rng, THINGS, n)))
+def make_post(rng, facts=None):
+    """-> (prompt, facts): two to four (person, verb, thing), no word of them used twice, and one idle remark.
+
+    A long post has more facts than there are verbs: only its people and things are used once. `facts`: the numbers of
+    facts it may have.
+    """
+    n = pick(rng, facts or FACTS)
+    people = pick_different(rng, PEOPLE, n)
+    verbs = pick_different(rng, VERBS, n) if n <= len(VERBS) else [pick(rng, VERBS) for _ in range(n)]
+    facts = list(zip(people, verbs, pick_different(rng, THINGS, n)))
     sentences = []
     for fact in facts:
         where_or_when = pick(rng, [[], [pick(rng, PLACES)], [pick(rng, TIMES)]])
@@ -238,6 +250,10 @@ def make_texts():
 def project(script, *words):
     """Run one of the project's scripts by its toy preset; small models are fastest on one thread."""
     command = [sys.executable, HERE.parent / script, *words, "--preset", "toy", "--seed", SEED]
+    if FACTS == LONG_FACTS:
+        samples = script == "evaluate.py"
+        command += ["--max_new_tokens", LONG_COMPLETION] if samples else ["--max_length", LONG_POSITIONS]
+        command += ["--max_prompt_length", LONG_PROMPT]
     subprocess.run(list(map(str, command)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
@@ -345,12 +361,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0, the toy/ that is shipped)")
     parser.add_argument("--truth_only", action="store_true",
                         help="leave out the golden reward model and the pairs it labels")
+    parser.add_argument("--long", action="store_true", help="posts of ten to thirteen facts; with --truth_only")
     parser.add_argument("--to", type=Path, default=HERE, help="directory for the files (default: toy/)")
     args = parser.parse_args()
-    global SEED, TO
+    global SEED, TO, FACTS
     SEED, TO = args.seed, args.to.resolve()
-    if SEED and TO == HERE:
-        parser.error("--seed: toy/ holds seed 0; give --to another directory")
+    if (SEED or args.long) and TO == HERE:
+        parser.error("--seed, --long: toy/ holds seed 0, short; give --to another directory")
+    if args.long and not args.truth_only:
+        parser.error("--long: with --truth_only alone")
+    if args.long:
+        FACTS, CONFIG["max_position_embeddings"] = LONG_FACTS, LONG_POSITIONS
     put = check if args.check else write
     files, prompts = make_texts()
     with tempfile.TemporaryDirectory() as directory:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The paper's controlled experiment on the toy task, whole: three hours on 2 CPU cores. Stopped, it goes on.
+# The paper's controlled experiment on the toy task, whole: five hours on 2 CPU cores. Stopped, it goes on.
 #
 #     toy/study.sh [OUT=out/study] [JOBS=2]
 #
-# First the truth-labelled study (toy/study.py): ten seeds of 2 minutes for the toy and 40 s a run, 140 core minutes.
-# Then the golden-model-labelled one, 100 minutes on 2 cores beside other work: what happens when the judge is wrong.
+# First the truth-labelled study (toy/study.py): ten seeds of 2 minutes for the toy and 40 s a run, 4 core hours; and
+# its long posts, 7 minutes and 1 a run, one more. Then the golden-model-labelled one, 100 minutes on 2 cores beside
+# other work: what happens when the judge is wrong.
 #
 # There three seeds, each with its own posts, writers, reference policy, golden reward model, pairs and training
 # (toy/make.py --seed). The learning rate is found by a rule that looks at DPO alone: of LRS, the one at which DPO at
@@ -29,7 +30,7 @@ golden() {  # seed, runs
 export -f train golden
 export OUT
 
-seq 10 19 | xargs -P "$JOBS" -I{} python toy/study.py run --out "$OUT" --seeds {}
+seq "$JOBS" | xargs -P "$JOBS" -I{} python toy/study.py run --out "$OUT"  # as many processes: they share the runs
 python toy/study.py report
 
 mkdir -p "$OUT" $(printf "$OUT/runs%s " $SEEDS)
