@@ -1488,9 +1488,11 @@ class Server:
             return answer
 
     def unknown_parameter(self, error, asked):
-        """The parameter that a refusal says the server does not know, of those with another name, or None."""
+        """The parameter that a refusal says the server does not know, of those with another name, or None. Requests that
+        continue a text have no other names."""
         words = str(error)
-        if getattr(error, "status_code", None) == 400 and re.search(r"(?i)support|recogni", words):
+        refused = getattr(error, "status_code", None) == 400 and re.search(r"(?i)support|recogni", words)
+        if refused and "messages" in asked:
             for parameter in self.other_names:
                 if parameter in asked and re.search(rf"\b{parameter}\b", words):
                     return parameter

@@ -428,6 +428,13 @@ def test_no_sample_is_drawn_at_another_temperature(server):
     assert all(request["temperature"] == 0.7 for _, request in server.requests)
 
 
+def test_a_text_has_no_other_names(server):
+    """max_completion_tokens is of conversations alone: the server's own words are said, not that the client knows none."""
+    server.reset(lambda request, nth: (400, "max_tokens is not supported"))
+    with pytest.raises(evaluate.UserError, match="1 of 1 requests failed.*max_tokens is not supported"):
+        completions(server, [(0, "once upon")], k=1)
+
+
 @pytest.mark.parametrize("reply", [None, [dict(type="text", text="More helpful: A")], 7])
 def test_a_reply_that_is_no_text(server, tmp_path, reply):
     """It is a failure for judge and sample alike: nothing of it is kept, and the run goes on."""
