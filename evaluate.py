@@ -614,8 +614,8 @@ SAMPLE_FORMAT = 2  # 1: conversations had gone through the policy's template, an
 
 
 def read_samples(path):
-    """-> [("file:line", what `sample` wrote)]; `stops`, `references`, `logps` may lack: all ended, none, unknown. Raises
-    UserError."""
+    """-> [("file:line", what `sample` wrote)]; `stops`, `references`, `logps` may lack: all ended, none, unknown.
+    Raises UserError."""
     samples = list(read_jsonl(Path(path)))
     for where, row in samples:
         if row.get("format") != SAMPLE_FORMAT:
@@ -630,8 +630,8 @@ def read_samples(path):
             well_formed = well_formed and one_each(texts, row["logps"], is_log_prob)
         if not well_formed:
             raise UserError(f"{where}: want prompt (a text or messages), completions, references (texts), and for each"
-                            " completion its stop (a text) and, if known, in logps its log-prob (0 at most), or null, as"
-                            " `sample` writes them")
+                            " completion its stop (a text) and, if known, in logps its log-prob (0 at most), or null,"
+                            " as `sample` writes them")
         if LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
             raise UserError(f"{where}: half of a surrogate pair: mend or drop that row")
     return samples
@@ -1443,8 +1443,8 @@ class Server:
         # Redirects are not followed: prompts are for the host that was named.
         http = openai.DefaultHttpxClient(follow_redirects=False)
         self.client = openai.OpenAI(api_key=self.key, base_url=args.api, http_client=http, **PATIENCE)
-        # What a request may fail with; after the first two, what a proxy's page, cut or deeply nested JSON or bytes that
-        # are no UTF-8 lead to.
+        # What a request may fail with; after the first two, what a proxy's page, cut or deeply nested JSON or bytes
+        # that are no UTF-8 lead to.
         self.failures = (openai.APIError, TimeoutError, json.JSONDecodeError, UnicodeDecodeError, AttributeError,
                          LookupError, TypeError, RecursionError)
 
@@ -1488,8 +1488,8 @@ class Server:
             return answer
 
     def unknown_parameter(self, error, asked):
-        """The parameter that a refusal says the server does not know, of those with another name, or None. Requests that
-        continue a text have no other names."""
+        """The parameter that a refusal says the server does not know, of those with another name, or None. Requests
+        that continue a text have no other names."""
         words = str(error)
         refused = getattr(error, "status_code", None) == 400 and re.search(r"(?i)support|recogni", words)
         if refused and "messages" in asked:

@@ -498,7 +498,7 @@ def test_noise_is_as_people_would():
 
     def pair(prompt, rewards, noise="bt"):
         row = dict(prompt=prompt, completions=["a", "b", "c"], stops=[""] * 3)
-        return ev.choose_pair(row, rewards, "</s>", SimpleNamespace(seed=0, noise=noise))
+        return ev.choose_pair(row, rewards, "</s>", SimpleNamespace(seed=0, noise=noise, pairs="best_worst"))
 
     n, wins = 4000, 0
     for k in range(n):
@@ -887,7 +887,7 @@ def test_a_conversation_is_rendered_by_its_reader(run_script, chat_dirs, other_r
     prompt = rendered_ids(policy_dir, user, tools=TOOLS, add_generation_prompt=True)
     assert sample["n_tokens"] == [len(y) for y in sampled(policy, [prompt], 40, 60, [257, EOT])[0]]
     said = [" one ", "two", "three", ""]
-    rows = [dict(sample, completions=said, stops=["</s>", "<|eot|>", None, "<|eot|>"], n_tokens=[1] * 4)]
+    rows = [dict(sample, completions=said, stops=["</s>", "<|eot|>", None, "<|eot|>"], n_tokens=[1] * 4, logps=None)]
     run("label", "--rm", other_rm, "--samples", write_samples(tmp_path / "t.jsonl", rows), "--out", tmp_path / "p.jsonl").ok()
     exact = []
     for text in said[:3]:
