@@ -62,7 +62,7 @@ def run_main(main):
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         # Where a machine's own name is 127.0.0.1 in its /etc/hosts, gloo tells the others to connect there.
-        end_with_error(UserError(f"another rank has died, or was silent for --timeout seconds (on several machines also:"
+        end_with_error(UserError("another rank has died, or was silent for --timeout seconds (on several machines also:"
                                  f" GLOO_SOCKET_IFNAME must name the interface they share): {error}"))
     except KeyboardInterrupt:
         os._exit(130)  # before training there is nothing to save
