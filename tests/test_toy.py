@@ -480,6 +480,6 @@ def test_quantiles_of_t():
 def test_study_uses_flags_that_exist():
     subprocess.run(["bash", "-n", TOY / "study.sh"], check=True)
     flags = set(re.findall(r"[ \"](--[a-z_]+)", (TOY / "study.sh").read_text() + (TOY / "study.py").read_text()))
-    scripts = "train_pref.py", "evaluate.py", "toy/make.py", "toy/study.py", "toy/truth.py"
+    scripts = "train_pref.py", "plumbing/run.py", "evaluate.py", "toy/make.py", "toy/study.py", "toy/truth.py"
     sources = "".join((REPO / name).read_text() for name in scripts)
     assert len(flags) > 12 and not [flag for flag in flags if f'"{flag}"' not in sources]

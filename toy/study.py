@@ -332,6 +332,7 @@ OTHERS = list(METHODS)[5:11]  # that ran at FIRST_RATES alone
 COMPARISONS = [("is_dpo", "dpo"), ("chi_po", "dpo"), ("wpo", "dpo"), ("online", "dpo"), ("is_dpo", "chi_po"),
                ("is_dpo", "wpo"), ("online", "is_dpo")]
 BANDS = "mean over seeds; bands: its 95% t interval"
+LEAST_SEEDS = 3  # of fewer an interval is wider than the picture
 DISTANCES = (0.5, 0.75, 1.0, 1.5)  # sqrt KL at which win rates are compared
 BRACKETED = 4e-4  # the one rate of it: at higher ones the first checkpoint is past most of them
 
@@ -406,6 +407,10 @@ def rates_of(paths, method, beta=0.01):
     return sorted(lr for name, its_beta, lr in paths if (name, its_beta) == (method, beta))
 
 
+def well_known_rates(paths, method):
+    return [lr for lr in rates_of(paths, method) if len(paths[method, 0.01, lr]) >= LEAST_SEEDS]
+
+
 def by_rate_table(paths, methods, value):
     """value(runs), a cell, of each method and learning rate."""
     rates = sorted({lr for method in methods for lr in rates_of(paths, method)})
@@ -417,7 +422,8 @@ def comparisons_table(paths):
     lines = []
     for ours, theirs in COMPARISONS:
         runs = [(paths.get((ours, 0.01, lr), {}), paths.get((theirs, 0.01, lr), {})) for lr in RATES]
-        lines.append([f"{ours} - {theirs}", *(with_count(differences(a, b)) for a, b in runs)])
+        if any(by_seed(a, b) for a, b in runs):
+            lines.append([f"{ours} - {theirs}", *(with_count(differences(a, b)) for a, b in runs)])
     return table(["difference", *(f"{lr:g}" for lr in RATES)], lines)
 
 
@@ -427,19 +433,21 @@ def seeds_at_all(paths, method, rates, beta=0.01):
 
 
 def range_table(paths, methods):
-    """How wide the range of rates is at which a method gains; its mean over the five rates, and that minus dpo's."""
+    """How wide the range of rates is at which a method gains; its mean over the five rates, and that minus dpo's. Of
+    rates with enough seeds."""
     lines, means = [], {}
     for method in methods:
         seeds = seeds_at_all(paths, method, RATES)
         means[method] = {seed: np.mean([final(paths[method, 0.01, lr][seed]) for lr in RATES]) for seed in seeds}
         gains = {lr: mean_and_half_width([*map(gain, paths[method, 0.01, lr].values())])
-                 for lr in RATES if (method, 0.01, lr) in paths}
+                 for lr in RATES if lr in well_known_rates(paths, method)}
         wins = [lr for lr, (mean, half_width) in gains.items() if mean - half_width > 0]
         lowest = min((final_mean(paths, method, lr), lr) for lr in gains) if gains else None
         to_dpo = [a - b for a, b in by_seed(means[method], means.get("dpo", {}))]
         lines.append([method, f"{len(wins)} of {len(gains)}", ", ".join(f"{lr:g}" for lr in wins) or "-",
-                      f"{lowest[0]:.1f} ({lowest[1]:g})" if lowest else "-", cell([*means[method].values()]),
-                      with_count(to_dpo) if method != "dpo" else "-"])
+                      f"{lowest[0]:.1f} ({lowest[1]:g})" if lowest else "-",
+                      *((cell([*means[method].values()]), with_count(to_dpo) if method != "dpo" else "-")
+                        if len(seeds) >= LEAST_SEEDS else ("-", "-"))])
     header = ["method", "rates that gain", "which", "lowest mean (rate)", "mean over the five rates", "minus dpo's"]
     return table(header, lines)
 
@@ -463,10 +471,11 @@ def tuned_table(paths, methods, beta):
     """Each method at its own best rate, and its differences, by seed, from dpo and is_dpo at theirs."""
     lines, chosen = [], {}
     for method in [method for method in methods if len(rates_of(paths, method, beta)) > 1]:
-        chosen[method] = tuned(paths, method, beta, rates_of(paths, method, beta))
-        rates = [lr for lr, _ in chosen[method].values()]
-        runs = {seed: path for seed, (_, path) in chosen[method].items()}
-        chosen[method] = runs
+        of_seeds = tuned(paths, method, beta, rates_of(paths, method, beta))
+        if len(of_seeds) < LEAST_SEEDS:
+            continue
+        rates = [lr for lr, _ in of_seeds.values()]
+        chosen[method] = runs = {seed: path for seed, (_, path) in of_seeds.items()}
         times = ", ".join(f"{lr:g}: {rates.count(lr)}" for lr in sorted(set(rates)))
         lines.append([method, times, cell([*map(final, runs.values())]),
                       cell([path[-1]["sqrt_kl"] for path in runs.values()], 2),
@@ -550,10 +559,13 @@ def report(rows, long_rows):
     text += "\n### sqrt KL at the end\n\n" + by_rate_table(paths, main, cells(lambda path: path[-1]["sqrt_kl"], 2))
     text += f"\n### Differences of final win rates, at the same rate\n\n{comparisons_table(paths)}"
     text += ("\n### How wide the range of rates is\n\nA rate gains if the interval of the final win rate minus the"
-             f" reference's is above 0.\n\n{range_table(paths, main)}")
+             f" reference's is above 0. Rates of fewer than {LEAST_SEEDS} seeds are left out.\n\n")
+    text += range_table(paths, main)
     text += ("\n### Each method at its own best rate\n\nThe rate of a seed: the one of the highest mean final win"
-             f" rate of the other seeds, on 512 other prompts.\n\n{tuned_table(paths, main, 0.01)}")
-    text += f"\n### Four times the steps\n\n{steps_table(paths)}"
+             f" rate of the other seeds, on 512 other prompts. Methods with fewer than {LEAST_SEEDS} seeds at all their"
+             f" rates are left out.\n\n{tuned_table(paths, main, 0.01)}")
+    if rates_of(paths, "dpo, 512 steps"):
+        text += f"\n### Four times the steps\n\n{steps_table(paths)}"
     if long_rows:
         long_paths = read_paths(long_rows)
         long_reference = [row for row in long_rows if row["method"] == "reference"]
@@ -610,12 +622,13 @@ def draw_line(ax, x, columns, method, **look):
 
 
 def draw_rates(rows):
-    """Final win rate over the learning rate, and over sqrt KL: there with bars, as both have an interval."""
+    """Final win rate over the learning rate, and over sqrt KL: there with bars, as both have an interval. Of rates with
+    enough seeds."""
     paths, reference = read_paths(rows), [100 * row["win_rate"] for row in rows if row["method"] == "reference"]
     figure, (left, right) = new_figure(2, (10, 4.4))
     shown = []  # sqrt KL: an interval may reach below 0, where a logarithmic axis does not
     for method, (colour, marker) in LOOKS.items():
-        rates = rates_of(paths, method)
+        rates = well_known_rates(paths, method)
         runs = [[*paths[method, 0.01, lr].values()] for lr in rates]
         if not rates:
             continue
