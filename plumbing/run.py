@@ -267,7 +267,8 @@ def check_same_run(out, header, lines):
     differ = []  # both ways: a flag may be new, or gone
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
-            differ.append(f"{name} was {was.get(name)!r}, is {now.get(name)!r}")
+            path = header["args"].get(name.removesuffix(" fingerprint")) if name.endswith(" fingerprint") else None
+            differ.append(f"{name} was {was.get(name)!r}, is {now.get(name)!r}{f' ({path})' if path else ''}")
     begun = len(lines) > 2  # before a first step nothing is lost: a wrong model or data may be mended
     if differ and begun:
         raise UserError(f"{out} holds another run: {'; '.join(differ)}. Choose another --out (to train on: --model"

@@ -124,7 +124,7 @@ class Ours:
             batch = tp.collate_pairs([self.pairs[i] for i in micro], True, "cpu")
             (B, T), N = batch["ids"].shape, len(batch["targets"])
             kept = 4 * N * self.c.vocab_size <= logprob.SAVE_BYTES["gpu" if self.device.type == "cuda" else "cpu"]
-            P = batch["prompt"]
+            P = T - batch["segments"].shape[1]  # columns of prompt with an attention of their own
             tokens += B * T
             total += flops(self.c, B * T, B * (P * (P + 1) // 2 + (T - P) * T), N, 3, 3 if kept else 4)
         return tokens, tokens - n_tokens(self.pairs), total

@@ -213,7 +213,7 @@ def trl_setup(tiny_llama, tmp_path_factory):
         for param in ref.parameters():
             param.add_(0.02 * torch.randn(param.shape, generator=generator))
     ref.save_pretrained(ref_dir)
-    rows = [dict(prompt="<s>" + "abc " * n + "tl;dr:", chosen=" yes" * (7 - n), rejected=" no" * n + "!") for n in range(1, 7)]
+    rows = [dict(prompt="abc " * n + "tl;dr:", chosen=" yes" * (7 - n), rejected=" no" * n + "!") for n in range(1, 7)]
     config = DPOConfig(output_dir=str(tmp / "out"), per_device_train_batch_size=6, beta=0.1, bf16=False, report_to=[],
                        use_cpu=True, gradient_checkpointing=False, disable_dropout=True)
     trainer = DPOTrainer(model=AutoModelForCausalLM.from_pretrained(policy_dir), ref_model=ref, args=config,

@@ -219,14 +219,14 @@ def test_strict_loading(model_dir, data, tmp_path, run_script):
         "no reward head": (lambda t: t.pop("lm_head.weight"), "missing ['score.weight']", as_reward),
         "two heads": (lambda t: t.update({"score.weight": score}), "extra ['lm_head.weight']", as_reward),
         "two labels": (lambda t: (t.pop("lm_head.weight"), t.update({"score.weight": torch.zeros(2, 32)})),
-                       "score.weight is torch.float32 [2, 32]", as_reward),
+                       "score.weight is [2, 32], a classifier of 2 labels", as_reward),
     }
     for k, (name, (change, words, config)) in enumerate(cases.items()):
         directory = rewrite(model_dir, tmp_path / str(k), change, **config)
         with pytest.raises(rm.UserError, match=re.escape(words)):
             load(directory)
     out = tmp_path / "out"
-    run_script("train_rm")(*flags(directory, data, out)).refused("score.weight is torch.float32 [2, 32]", directory)
+    run_script("train_rm")(*flags(directory, data, out)).refused("score.weight is [2, 32], a classifier of 2 labels", directory)
     shutil.rmtree(directory)  # mended, the same command goes through
     shutil.copytree(model_dir, directory)
     run_script("train_rm")(*flags(directory, data, out)).ok()
@@ -388,7 +388,7 @@ def test_accuracy_rises_and_files(run_script, model_dir, data, tmp_path):
     assert rm.reliability(table) in text
     header = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     assert header["script"] == "train_rm" and header["pairs"] == 26
-    names = {"config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = {"config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert {p.name for p in (out / "final").iterdir()} == names
 
 

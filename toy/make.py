@@ -299,7 +299,11 @@ def make_pairs(name, prompts, directory):
     """Two samples of sft/ a prompt, labelled by rm/."""
     out = directory / f"{name}.pairs.jsonl"
     project("evaluate.py", "label", "--rm", TO / "rm", "--samples", sample(name, prompts, directory), "--precision", "fp64", "--out", out)
-    return first_pairs(name, read_lines(out), PAIR_FILES[name][2])
+    pairs = read_lines(out)
+    for pair in pairs:  # the reference said them: its own log-probs are what training measures from anyhow
+        pair.pop("chosen_logps", None)
+        pair.pop("rejected_logps", None)
+    return first_pairs(name, pairs, PAIR_FILES[name][2])
 
 
 def sigmoid(x):
