@@ -910,25 +910,40 @@ def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, des
             ids = [prompts[i].ids for i, _ in finished]
             logps = compute_in_batches(compute, ids, [ys for _, ys in finished], columns=1, batch_size=args.batch_size,
                                        desc="log-probs")
-            for row, (i, ys), of_prompt in zip(rows, finished, logps):
-                row["logps"] = known_logps(tokenizer, prompts[i], row, ys, of_prompt[:, 0].tolist(), args)
+            again = read_again(tokenizer, [prompts[i] for i, _ in finished], rows, args)
+            for row, (_, ys), ids_again, of_prompt in zip(rows, finished, again, logps):
+                row["logps"] = known_logps(row, ys, ids_again, of_prompt[:, 0].tolist())
         yield rows
 
 
-def known_logps(tokenizer, prompt, row, ys, logps, args):
+def read_again(tokenizer, prompts, rows, args):
+    """The ids that a trainer will read in the completions of `rows`, [n][k]; None where it will skip them. In one call
+    of the tokenizer: one a completion would take longer than drawing them."""
+    befores = []
+    texts = []
+    for prompt, row in zip(prompts, rows):
+        prompt_text = render_prompt(tokenizer, prompt.content, prompt.tools, args.model)
+        for text, stop in zip(row["completions"], row["stops"]):
+            response = text + (stop or "")
+            if isinstance(prompt.content, list) and text.strip():
+                messages = [dict(role="assistant", content=text)]
+                try:
+                    _, response = render_chat(tokenizer, prompt.content, messages, prompt.tools)
+                except SkipRow:  # the template refuses the response, and so a trainer will
+                    response = None
+            befores.append(prompt_text)
+            texts.append(response)
+    ids = encode_after(tokenizer, befores, [text or "" for text in texts])
+    ids = iter([None if text is None else of_text for text, of_text in zip(texts, ids)])
+    return [list(itertools.islice(ids, len(row["completions"]))) for row in rows]
+
+
+def known_logps(row, ys, ids_again, logps):
     """The log-probs of a row's completions, to a thousandth of a nat (the batch decides what comes after it); None for
-    one whose text a trainer will read as other ids than `ys`, those that were drawn, or that was cut."""
-    prompt_text = render_prompt(tokenizer, prompt.content, prompt.tools, args.model)
+    one that a trainer will read as other ids than `ys`, those that were drawn, or that was cut."""
     known = []
-    for text, stop, y, logp in zip(row["completions"], row["stops"], ys, logps):
-        read = text + (stop or "")
-        same = stop is not None
-        if isinstance(prompt.content, list) and text.strip():
-            try:
-                _, read = render_chat(tokenizer, prompt.content, [dict(role="assistant", content=text)], prompt.tools)
-            except SkipRow:  # the template refuses the response, and a trainer will skip it
-                same = False
-        same = same and encode_after(tokenizer, [prompt_text], [read])[0] == y
+    for stop, y, again, logp in zip(row["stops"], ys, ids_again, logps):
+        same = stop is not None and again == y
         known.append(round(min(logp, 0.0), 3) if same and math.isfinite(logp) else None)
     return known
 
