@@ -917,8 +917,7 @@ def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, des
 
 
 def read_again(tokenizer, prompts, rows, args):
-    """The ids that a trainer will read in the completions of `rows`, [n][k]; None where it will skip them. In one call
-    of the tokenizer: one a completion would take longer than drawing them."""
+    """The ids that a trainer will read in the completions of `rows`, [n][k]; None where it will skip them."""
     befores = []
     texts = []
     for prompt, row in zip(prompts, rows):

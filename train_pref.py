@@ -485,7 +485,8 @@ def main():
                                            behaviour_logps=eval_behaviour_logps)
             metrics |= {f"eval_{name}": value for name, value in evaluated.items()}
         log.write(step, metrics, step_line(step, total, metrics), applied)
-        last_trouble, trouble = trouble, trouble_with_weights(args, metrics, len(batch))
+        last_trouble = trouble
+        trouble = trouble_with_weights(args, metrics, len(batch))
         steps_of_trouble = steps_of_trouble + 1 if trouble == last_trouble else 1
         if trouble and steps_of_trouble == min(10, total):
             print_rank0(f"warning: for {steps_of_trouble} steps {trouble}")
