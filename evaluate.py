@@ -141,7 +141,7 @@ def cached_forward(model, ids, positions, segments, cache):
         values[:, :, start:end] = v
         grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[3])  # (B, K, H/K * T, head_dim)
         out = F.scaled_dot_product_attention(grouped, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
-        x = x + layer.self_attn.o_proj(out.view(q.shape).transpose(1, 2).flatten(2))
+        x = x + layer.self_attn.o_proj(out.reshape(q.shape).transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.norm(x)
 

@@ -79,10 +79,12 @@ def resident(key):
 
 
 def seconds(run, device):
-    """Of one run: between CUDA events on a GPU, by the clock elsewhere."""
+    """Of one run: between CUDA events on a GPU, by the clock elsewhere. The GPU's own time: what the host launches waits
+    behind a pause of some 10 ms, as it does in training behind the work before it."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)  # cycles
         begin.record()
         run()
         end.record()

@@ -28,13 +28,13 @@ part() {  # part SECONDS NAME COMMAND..
 if [ -n "$dry" ]; then
     collect=(--collect-only)
     kernel=(--shapes 64,256,64 --runs 1 --no-compile)
-    one=toy three=toy beside=(--pairs 2 --runs 1 --scale 0.2 --micro_batch_size 1)
+    one=toy three=toy wide=2 narrow=1 beside=(--pairs 2 --runs 1 --scale 0.2)
     small=tiny large=tiny steps=(--pairs 4 --steps 2)
     few=(--n 8) short=(--max_steps 3)
 else
     collect=(-n 6)
     kernel=(--shapes 4096,32000,2048 8192,128256,2048 8192,128256,3072)
-    one=1b three=3b beside=(--pairs 16 --runs 3 --micro_batch_size 4)
+    one=1b three=3b wide=16 narrow=4 beside=(--pairs 16 --runs 3)
     small=1b large=3b steps=(--pairs 16 --steps 5)
     few=() short=()
 fi
@@ -49,11 +49,12 @@ beside() {  # beside NAME SHAPE OPTIONS..: a step of ours and of TRL
     part 150 "$name" python tests/bench_step.py --shape "$shape" --data synthetic "${beside[@]}" "$@" \
         --out "$rows/bench_step_gpu.jsonl"
 }
-beside "1B beside TRL" "$one" --contestants ours trl_default trl_shipped trl_best
-beside "3B beside TRL at its best" "$three" --contestants ours trl_best $liger
-beside "3B beside TRL as it comes" "$three" --contestants ours trl_shipped
-beside "1B beside TRL with Liger" "$one" --contestants ours trl_default trl_best $liger
-part 120 "designs" python tests/gpu_designs.py --shape "$large" --out "$rows/gpu_designs.jsonl"
+beside "1B beside TRL" "$one" --micro_batch_size "$wide" --contestants ours trl_default trl_shipped trl_best
+beside "3B beside TRL at its best" "$three" --micro_batch_size "$narrow" --contestants ours trl_best $liger
+beside "3B beside TRL as it comes" "$three" --micro_batch_size "$narrow" --contestants ours trl_shipped
+beside "1B beside TRL with Liger" "$one" --micro_batch_size "$wide" --contestants ours trl_default trl_best $liger
+part 120 "designs 3B" python tests/gpu_designs.py --shape "$large" --out "$rows/gpu_designs.jsonl"
+part 120 "designs 1B" python tests/gpu_designs.py --shape "$small" --micro_batch_size 16 --out "$rows/gpu_designs.jsonl"
 
 steps() {  # steps SHAPE OPTIONS..: steps of ours alone
     local shape=$1
@@ -61,11 +62,7 @@ steps() {  # steps SHAPE OPTIONS..: steps of ours alone
     part 100 "steps $shape $*" python tests/gpu_step.py --shape "$shape" "${steps[@]}" "$@" --out "$rows/gpu_steps.jsonl"
 }
 for shape in "$large" "$small"; do
-    for lengths in max uf; do
-        steps "$shape" --ddp --lengths "$lengths"
-        steps "$shape" --ddp --lengths "$lengths" --checkpoint_activations
-    done
-    steps "$shape" --ddp
+    steps "$shape" --ddp --lengths tldr max uf --activations kept checkpointed
     steps "$shape" --shard
 done
 

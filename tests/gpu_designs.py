@@ -1,12 +1,14 @@
 """On a bare GPU: designs for the weights' casts and for attention, beside what train_pref.py does.
 
-    python tests/gpu_designs.py [--shape 3b] [--out rows.jsonl]
+    python tests/gpu_designs.py [--shape 3b] [--micro_batch_size 4 16] [--out rows.jsonl]
 
-Weights: a step of 16 pairs in micro-batches of 4. `master` is train_pref.py's way: float32 weights, each cast to bf16
+Weights: a step of 16 pairs. `master` is train_pref.py's way: float32 weights, each cast to bf16
 where it is used, in every micro-batch; its gradient is cast to float32 and added. `autocast` leaves the casts to one
 torch.autocast around all micro-batches, which keeps them for its length. `copy` holds a bf16 copy of the layers'
-matrices, made again after each optimizer step, whose gradients are added to float32 sums by themselves. AdamW's rate is
-0, so that all must give the same loss, and `copy` the same gradient norm to the bit.
+matrices, made again after each optimizer step, whose gradients are added to float32 sums by themselves. `compiled` is
+`master` with --compile. AdamW's rate is 0, so that all must give the same loss, and `copy` the same gradient norm to
+the bit. busy_ms is the time of the kernels, of which there are `launches`: where it is far below the step's, the host is
+what the step waits for.
 
 Attention: forward and backward of one layer, prompts shared, projections left out. `masked` is train_pref.py's way: the
 prompt causal, the responses under a mask. `varlen` is flash attention over packed sequences, each response's queries
@@ -16,6 +18,7 @@ relative (Frobenius).
 
 import argparse
 import contextlib
+import functools
 import json
 import random
 import statistics
@@ -29,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 import train_pref as tp
@@ -36,7 +40,7 @@ from gpu_step import LLAMA3, SHAPES, draw_pair
 from kernels.bench import seconds
 from plumbing.process import peak_memory_gb
 
-PAIRS, MICRO = 16, 4
+PAIRS = 16
 
 
 # --------------------------------------------------------------------------------------------------- the weights' casts
@@ -49,6 +53,12 @@ def forward_of_linear(forward):
 
 
 def master_design(policy):
+    return tp.train_step
+
+
+def compiled_design(policy):
+    for layer in policy.model.layers:
+        layer.compile(dynamic=True)
     return tp.train_step
 
 
@@ -85,7 +95,18 @@ def copy_design(policy):
     return step
 
 
-def weights(shape, steps, device):
+def kernels_of(run, device):
+    """-> milliseconds of a run's kernels on the GPU, and how many they are."""
+    if device.type != "cuda":
+        return None, None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiled.key_averages() if event.device_type.name == "CUDA"]
+    return sum(event.self_device_time_total for event in events) / 1e3, sum(event.count for event in events)
+
+
+def weights(shape, micro_batch_size, steps, device):
     """-> a row a design; the first is run again at the end."""
     c = LlamaConfig(**LLAMA3 | SHAPES[shape])
     torch.manual_seed(0)
@@ -94,27 +115,32 @@ def weights(shape, steps, device):
         for name, param in policy.named_parameters():
             param.fill_(1.0) if name.endswith("norm.weight") else param.normal_(std=0.02)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
-    args = tp.parse_args(f"--loss dpo --model m --data d --micro_batch_size {MICRO}".split())
+    args = tp.parse_args(f"--loss dpo --model m --data d --micro_batch_size {micro_batch_size}".split())
     rng = random.Random(0)
     pairs = [draw_pair(rng, c.vocab_size, (6, 3, 3) if shape == "tiny" else None) for _ in range(PAIRS)]
     ref = torch.zeros(PAIRS, 2)
-    for design in (master_design, autocast_design, copy_design, master_design):
+    for design in (master_design, autocast_design, copy_design, compiled_design, master_design):
         step, milliseconds = design(policy), []
-        for _ in range(steps + 1):
+        run = functools.partial(step, policy, optimizer, pairs, ref, args)
+        for _ in range(steps + 2):  # the first two compile
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            logps, norm, applied = step(policy, optimizer, pairs, ref, args)
+            logps, norm, applied = run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             milliseconds.append(1e3 * (time.perf_counter() - began))
+        peak_gb = peak_memory_gb()
+        busy_ms, launches = kernels_of(run, device)
         yield dict(kind="weights", design=design.__name__.split("_")[0], shape=shape, pairs=PAIRS,
-                   micro_batch_size=MICRO, tokens=sum(len(ids) for pair in pairs for ids in pair),
-                   ms=milliseconds[1:], median_ms=statistics.median(milliseconds[1:]),
-                   logps_sum=logps.double().sum().item(), norm=norm, applied=applied, peak_gb=peak_memory_gb())
+                   micro_batch_size=micro_batch_size, tokens=sum(len(ids) for pair in pairs for ids in pair),
+                   ms=milliseconds[2:], median_ms=statistics.median(milliseconds[2:]), busy_ms=busy_ms,
+                   launches=launches, logps_sum=logps.double().sum().item(), norm=norm, applied=applied,
+                   peak_gb=peak_gb)
         for module in policy.modules():
             module.__dict__.pop("copy", None)
-        del step
+            module._compiled_call_impl = None
+        step = run = None  # and the copies with them
 
 
 # -------------------------------------------------------------------------------------------------------------- attention
@@ -184,12 +210,13 @@ def attention(device, runs=20):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--micro_batch_size", type=int, nargs="+", default=[4])
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     options = parser.parse_args()
     _, _, device = tp.init_distributed(0, 600, 0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    parts = [weights(options.shape, options.steps, device)]
+    parts = [weights(options.shape, size, options.steps, device) for size in options.micro_batch_size]
     if device.type == "cuda":  # varlen_attn is flash attention's
         parts.insert(0, attention(device))
     for rows in parts:

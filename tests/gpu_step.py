@@ -1,6 +1,7 @@
 """On a bare GPU: steps of train_pref.py on random Llamas of real shapes (time, rate, memory); attention by backend.
 
-    python tests/gpu_step.py --shape 3b --ddp [--shard] [--compile] [--checkpoint_activations] [--out rows.jsonl]
+    python tests/gpu_step.py --shape 3b --ddp [--shard] [--compile] [--out rows.jsonl]
+        [--lengths tldr max uf] [--activations kept checkpointed]
     python tests/gpu_step.py --attention [--out rows.jsonl]
 
 --ddp wraps even a group of one in DDP, as several GPUs would, so that its buckets are seen in the memory. Lengths are
@@ -12,6 +13,7 @@ output and of all three gradients, under the mask of a shared prompt.
 import argparse
 import json
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -49,12 +51,11 @@ def needed_flops(policy, c, pair):
     return 6 * body * t + 6 * r * c.hidden_size * c.vocab_size + attention
 
 
-def steps(options, rank, world, device):
-    """Run the steps -> one row: medians over all but the first."""
+def steps(options, world, device):
+    """Run the steps -> a row for all lengths and activations: medians over all steps but the first."""
     c = LlamaConfig(**LLAMA3 | SHAPES[options.shape])
     precision = "bf16" if device.type == "cuda" else "fp32"
-    how = (device, precision, options.shard, options.compile, options.checkpoint_activations)
-    policy = tp.build_model(lambda: tp.Llama(c, "auto"), *how)
+    policy = tp.build_model(lambda: tp.Llama(c, "auto"), device, precision, options.shard, options.compile)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, param in policy.named_parameters():
@@ -66,17 +67,23 @@ def steps(options, rank, world, device):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, eps=1e-5, weight_decay=0.0, fused=True)
     flags = ["--loss", "dpo", "--model", "m", "--data", "d", "--micro_batch_size", str(options.micro_batch_size)]
     args = tp.parse_args(flags)
-    seconds, rates = [], []
-    for _ in range(options.steps):
-        pairs = [draw_pair(rng, c.vocab_size, LENGTHS[options.lengths]) for _ in range(options.pairs)]
-        began = time.perf_counter()
-        ref = torch.zeros(len(pairs), 2)
-        _, norm, applied = tp.train_step(model, optimizer, pairs, ref, args)  # reads the norm
-        seconds.append(time.perf_counter() - began)
-        rates.append(sum(needed_flops(policy, c, pair) for pair in pairs) / world / seconds[-1] / 1e12)
-    middle = lambda values: sorted(values[1:] or values)[len(values[1:] or values) // 2]
-    times = dict(ms=1e3 * middle(seconds), first_ms=1e3 * seconds[0], tflops=middle(rates))
-    return times | dict(peak_gb=peak_memory_gb(), norm=norm, applied=applied)
+    for lengths in options.lengths:
+        for activations in options.activations:
+            policy.model.checkpoint_activations = activations == "checkpointed"
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            seconds, rates = [], []
+            for _ in range(options.steps):
+                pairs = [draw_pair(rng, c.vocab_size, LENGTHS[lengths]) for _ in range(options.pairs)]
+                began = time.perf_counter()
+                ref = torch.zeros(len(pairs), 2)
+                _, norm, applied = tp.train_step(model, optimizer, pairs, ref, args)  # reads the norm
+                seconds.append(time.perf_counter() - began)
+                rates.append(sum(needed_flops(policy, c, pair) for pair in pairs) / world / seconds[-1] / 1e12)
+            times = dict(ms=1e3 * statistics.median(seconds[1:]), first_ms=1e3 * seconds[0])
+            yield dict(lengths=lengths, activations=activations, **times, tflops=statistics.median(rates[1:]),
+                       peak_gb=peak_memory_gb(), norm=norm, applied=applied)
 
 
 def attention(device):
@@ -107,16 +114,17 @@ def attention(device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--lengths", choices=LENGTHS, default="tldr")
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=["tldr"])
+    parser.add_argument("--activations", nargs="+", choices=["kept", "checkpointed"], default=["kept"])
     parser.add_argument("--pairs", type=int, default=16, help="a step")
     parser.add_argument("--micro_batch_size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
-    for flag in ("ddp", "shard", "compile", "checkpoint_activations", "attention"):
+    for flag in ("ddp", "shard", "compile", "attention"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     options = parser.parse_args()
     rank, world, device = tp.init_distributed(0, 600, 0)
-    rows = attention(device) if options.attention else [steps(options, rank, world, device)]
+    rows = attention(device) if options.attention else steps(options, world, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     asked = {k: v for k, v in vars(options).items() if k not in ("out", "attention")}
     for row in rows:

@@ -176,6 +176,17 @@ def test_fp64_is_float64(tiny_llama, tmp_path, process_group):
     assert policy.logits(hidden[0]).dtype == torch.float64 and difference.abs().max() < 1e-5  # rotary angles are float32
 
 
+def test_generation_with_attention_laid_out_as_by_a_gpu(tiny_llama, tmp_path, monkeypatch, process_group):
+    """A GPU's attention kernels give (B, H, T, head_dim) with the heads of a token beside each other in memory."""
+    policy = load(tiny_llama(tmp_path / "m"))[0]
+    prompts = [list(range(30, 30 + n)) for n in (12, 3, 7)]
+    expected = ev.generate(policy, prompts, uniforms(prompts, 3, 20), 1.0, 0.95, [257])
+    attention = torch.nn.functional.scaled_dot_product_attention
+    heads_beside_each_other = lambda *args, **how: attention(*args, **how).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", heads_beside_each_other)
+    assert ev.generate(policy, prompts, uniforms(prompts, 3, 20), 1.0, 0.95, [257]) == expected
+
+
 @pytest.mark.gpu
 def test_generation_on_a_gpu(tiny_llama, tmp_path, process_group):
     """float32: the CPU's completions. bf16: float32 logits from 16-bit products, within rounding of the float32 model's."""
