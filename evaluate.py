@@ -1746,7 +1746,8 @@ LABELS = {"epoch": "epoch", "win_rate": "win rate by the {judge} (%)", "sqrt_kl"
 TRAINING = ["ratio/chosen", "ratio/rejected", "weights/mean"]
 TABLE = ["peak_win_rate", "peak_sqrt_kl", "final_win_rate", "final_sqrt_kl", "drop", "ess_share", "final_length"]
 BARS = "bars: one standard error over seeds, of one run over prompts"
-BANDS = "; bands: 95% of fits to seeds drawn with replacement"
+FITS = "; lines: fits of start + d (a - b log d), d = √KL"
+BANDS = ", bands: 95% of fits to seeds drawn with replacement"
 TABLE_NOTE = """
 Mean ± standard error over n seeds, of one run over prompts; win rates by the {judge} in %, √KL in √nats, lengths in
 tokens. The peak is the best of the checkpoints and the reference, on the very prompts it is chosen by: biased upward.
@@ -2043,13 +2044,15 @@ def plot(args):
     write_text(out / "table1.tex", latex_table(table))
     for stale in out.glob("figure5.*"):  # it would pass for one of these runs
         stale.unlink()
+    titles = dict.fromkeys(figures, BARS)
+    titles["figure3"] += FITS + (BANDS if (table["n"] > 1).any() else "")
     for name, (rows, figure) in figures.items():
         legend = {}  # each label once
         for ax in figure.axes:
             for handle, text in zip(*ax.get_legend_handles_labels()):
                 legend[text] = handle
         figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend),
-                      title=BARS + (BANDS if name == "figure3" else ""), title_fontsize=8)
+                      title=titles[name], title_fontsize=8)
         write_atomically(out / f"{name}.png", lambda aside: figure.savefig(aside, format="png", dpi=150))
         write_frame(name, rows)
     print_rank0(markdown_table(table, judge))

@@ -400,8 +400,8 @@ def main():
     eval_pairs = load_rows(out / "data_eval.safetensors", header, source=args.eval_data, held_out=True, **reading)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    cap = f"{2 * args.log_eps:g}" if args.loss in WEIGHTED else "none"
-    header |= dict(pairs=len(pairs), steps=total, weight_cap_nats=cap)
+    cap = f"{2 * args.log_eps:g} nats" if args.loss in WEIGHTED else "none"
+    header |= dict(pairs=len(pairs), steps=total)
 
     # Reference log-probs, computed once, by the path that training takes
     @functools.cache  # the policy mostly begins as the reference: then it is the model that computed these
@@ -442,7 +442,7 @@ def main():
         parallel_policy = data_parallel(policy, lambda model: model(**batch)[0].sum())
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     print_rank0(f"{args.loss}: {size:.2f}M parameters, {len(pairs)} pairs, {total} steps of {args.batch_size}, beta"
-                f" {args.beta:g}, weight cap {cap} nats, {world} x {header['device']}, {args.precision} -> {out}")
+                f" {args.beta:g}, weight cap {cap}, {world} x {header['device']}, {args.precision} -> {out}")
     announce_schedule(args, "pairs", len(pairs), total)
 
     def save(directory):
