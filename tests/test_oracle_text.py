@@ -13,9 +13,10 @@ import pytest
 from conftest import byte_tokenizer, llama2_tokenizer, load_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import evaluate
 import train_pref
 import train_sft
-from plumbing.data import load_tokenizer
+from plumbing.data import load_tokenizer, stop_ids
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -292,6 +293,41 @@ def test_what_a_server_renders(case, load, tmp_path):
         assert prompt == expected
         if tokenizer.bos_token != "<|im_start|>" and template is not LLAMA2:  # which begin every turn with it
             assert prompt.count(tokenizer.bos_token_id) == ("bos_token" in template)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_said_is_read_again(case, load, tmp_path, monkeypatch):
+    """What a policy says that has learned the responses above, kept as the texts of messages, is by the same template the
+    same ids again, for a trainer and a reward model. Of what was cut the reward model reads no more than was said."""
+    name, template, rows, given, _ = CASES[case]
+    if template is QWEN3 and not given:  # which drops line breaks after a thought
+        rows = [row for row in rows if not row["rejected"][0]["content"].startswith("\n")]
+    tokenizer = load(name, template, **given)
+    evaluate.stop_texts.cache_clear()  # the tokenizer had another template before
+    learned = ours(train_pref, tokenizer, rows, tmp_path)
+    stops = sorted(stop_ids(tokenizer))
+    args = SimpleNamespace(rm="rm", max_length=10**6, max_prompt_length=10**5, top_p=1.0)
+    kept = []
+    for row, (prompt, *said) in zip(rows, learned, strict=True):
+        def write(ys):
+            """What `sample` writes where the policy says ys: (text, stop) each."""
+            monkeypatch.setattr(evaluate, "completions", lambda *_, **__: [[(0, ys)]])
+            asked = evaluate.Prompt(0, row["prompt"], row.get("tools"), prompt, references=[])
+            (written,), = evaluate.sampled_rows(None, tokenizer, [asked], args, k=len(ys), temperature=0, stops=stops, desc="")
+            return list(zip(written["completions"], written["stops"], strict=True))
+
+        answers = write(said)
+        assert [stop for _, stop in answers] == [tokenizer.decode(ids[-1:]) for ids in said]
+        score = lambda answers: evaluate.scored_ids(tokenizer, row["prompt"], row.get("tools"), answers, 10**6, args)
+        assert score(answers) == (prompt, said)
+        chosen, rejected = [[dict(role="assistant", content=text)] for text, _ in answers]
+        kept.append(row | dict(chosen=chosen, rejected=rejected))
+        for ids in [ids[:-n] for ids in said for n in (1, 2) if len(ids) > n]:
+            text = tokenizer.decode(ids)
+            if text.strip() and not text.endswith("\ufffd"):  # a part of a letter
+                _, (again,) = score(write([ids]))
+                assert tokenizer.decode(again) in (text, text.rstrip())  # many a template trims
+    assert ours(train_pref, tokenizer, kept, tmp_path) == learned
 
 
 def test_r1_needs_a_training_template(load, tmp_path):
