@@ -123,8 +123,8 @@ def json_texts(file):
 
 
 # ---------------------------------------------------------------------------------------- tokenizers and chat templates
-SHAREGPT = ("ShareGPT row: rename conversations to messages, its from to role with human as user and gpt as assistant,"
-            " its value to content")
+SHAREGPT = ("ShareGPT row: rename conversations to messages (of pairs: to prompt, with chosen and rejected as lists), its"
+            " from to role with human as user and gpt as assistant, its value to content")
 TODAY = date(2024, 7, 26)  # for templates that write it (Llama 3.2's own default): a run is the same on any day
 
 
@@ -340,6 +340,8 @@ def join_parts(parts):
 
 def wrong_types(row, columns):
     """A SkipRow that says what a row's columns hold."""
+    if row.get("conversations") is not None:
+        return SkipRow(SHAREGPT)
     held = [f"{column} is {type(row.get(column)).__name__}" for column in columns]
     return SkipRow(f"wrong types, {', '.join(held)}")
 
