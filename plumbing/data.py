@@ -140,7 +140,9 @@ def load_tokenizer(directory, chat_template_kwargs=None):
         if (directory / "tokenizer.model").exists() and not list(directory.glob("tokenizer*.json")):
             tokenizer = meta_tokenizer(directory / "tokenizer.model")
         else:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            # Not mistral-common's own, where that is installed: it has another interface, and no chat template.
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
+                                                      mistral_format=False)
     except Exception as error:  # whatever a broken file leads to; `tokenizers` itself raises no other class
         raise UserError(f"{directory}: no tokenizer that transformers can load (a SentencePiece model needs its"
                         f" tokenizer.json): {error}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import byte_tokenizer, llama2_tokenizer, load_rows
+from conftest import byte_tokenizer, llama2_tokenizer, load_rows, mistral_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import evaluate
@@ -135,6 +135,7 @@ CASES = {  # tokenizer, template, rows, arguments of the template, differences
     "Zephyr, SentencePiece": ("llama2", ZEPHYR, TALKS, {}, set()),
     "Zephyr, stories260K": ("stories", ZEPHYR, TALKS, {}, set()),
     "Mistral, SentencePiece": ("llama2", MISTRAL, TALKS, {}, set()),
+    "Mistral, its own SentencePiece": ("mistral", MISTRAL, TALKS, {}, set()),
     "Qwen2.5 with tools": ("qwen", QWEN25, TALKS + TOOL_TALKS, {}, {"after the stop", "merged"}),
     "Qwen3 that thinks": ("qwen", QWEN3, TALKS + THOUGHTS, {}, {"after the stop"}),
     "Qwen3 that does not think": ("qwen", QWEN3, TALKS, dict(enable_thinking=False), {"after the stop", "merged"}),
@@ -171,6 +172,8 @@ def load(tmp_path_factory, request):
             qwen_tokenizer(directory)
         elif name.startswith("llama2"):
             llama2_tokenizer(directory, legacy="legacy" in name)
+        elif name == "mistral":
+            mistral_tokenizer(directory)
         elif name == "pad ends turns":  # Llama 3's first release, and a pad token that somebody chose
             byte_tokenizer(directory, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", pad_token="<|eot_id|>",
                            additional_special_tokens=["<|start_header_id|>", "<|end_header_id|>"])
@@ -188,8 +191,9 @@ def load(tmp_path_factory, request):
 
     def directory_of(name):
         if name not in directories:
-            directories[name] = tmp_path_factory.mktemp("tokenizer")
-            make(name, directories[name])
+            directory = tmp_path_factory.mktemp("tokenizer")
+            make(name, directory)  # skips where a package lacks
+            directories[name] = directory
         return directories[name]
 
     def load(name, template, **chat_template_kwargs):
@@ -348,7 +352,7 @@ TEXT_CASES = {  # rows, the difference of each
     "merged": [pair("Q: a town? ", "Aby", "none"), pair("TL;DR: ", "a dog", "the dog")],
     "own stop": [pair("Q:", " one{stop}", " two{stop}")],
 }
-TEXT_TOKENIZERS = {"llama2": "</s>", "llama2 legacy": "</s>", "llama3": "<|end_of_text|>", "smollm": "<|endoftext|>",
+TEXT_TOKENIZERS = {"llama2": "</s>", "llama2 legacy": "</s>", "mistral": "</s>", "llama3": "<|end_of_text|>", "smollm": "<|endoftext|>",
                    "qwen": "<|endoftext|>", "bytes": "<end_of_turn>", "stories": "</s>"}
 
 
