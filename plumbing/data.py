@@ -123,7 +123,7 @@ def json_texts(file):
 
 
 # ---------------------------------------------------------------------------------------- tokenizers and chat templates
-SHAREGPT = ("ShareGPT row: rename conversations to messages (of pairs: to prompt, with chosen and rejected as lists), its"
+SHAREGPT = ("ShareGPT row: rename conversations to messages (of pairs: to prompt, chosen and rejected being lists), its"
             " from to role with human as user and gpt as assistant, its value to content")
 TODAY = date(2024, 7, 26)  # for templates that write it (Llama 3.2's own default): a run is the same on any day
 

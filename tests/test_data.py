@@ -246,7 +246,7 @@ def test_pairs(byte, tmp_path):
 
 
 GOOD = dict(prompt="p", chosen="good", rejected="bad")
-SHAREGPT = ("ShareGPT row: rename conversations to messages (of pairs: to prompt, with chosen and rejected as lists), its from to role"
+SHAREGPT = ("ShareGPT row: rename conversations to messages (of pairs: to prompt, chosen and rejected being lists), its from to role"
             " with human as user and gpt as assistant, its value to content")
 SKIPPED = {
     "no chosen and rejected, keys: []": ["[1, 2]", '"text"', "null", "3", {}],
