@@ -683,11 +683,40 @@ def token_before(tokenizer):
     return encode(tokenizer, ["a"])[0][-1:] if begins_with_a_space(tokenizer) else []
 
 
-def completion_text(ids, stops, tokenizer):
-    """-> the text, the text of the stop that it came to or None, number of tokens."""
+def completion_text(ids, stops, tokenizer, frame=("", "")):
+    """-> the text, the text of the stop that it came to or None, number of tokens. frame: see repeated_frame."""
+    head, end = frame
     if ids[-1] in stops:
-        return decode(tokenizer, ids[:-1]), decode(tokenizer, ids[-1:]), len(ids)
-    return decode(tokenizer, ids), None, len(ids)
+        text = decode(tokenizer, ids[:-1]).removesuffix(end)
+        return text.removeprefix(head), decode(tokenizer, ids[-1:]), len(ids)
+    return decode(tokenizer, ids).removeprefix(head), None, len(ids)
+
+
+def render_response(tokenizer, prompt, tools, text):
+    """What a chat template makes of a conversation's next message, from the end of the prompt on. Raises SkipRow."""
+    return render_chat(tokenizer, prompt, [dict(role="assistant", content=text)], tools)[1]
+
+
+WORDS = "0123456789"  # stand in no template
+
+
+def template_frame(tokenizer, prompt, tools):
+    """What a chat template writes before and after a response's words, its stop included. Raises SkipRow."""
+    head, _, tail = render_response(tokenizer, prompt, tools, WORDS).partition(WORDS)
+    return head, tail
+
+
+def repeated_frame(tokenizer, prompt, tools):
+    """What a policy says before its words, and between them and the stop, because its template writes that, and would
+    write once more around a text that holds it: so a completion's does not. ("", "") of most templates; Zephyr's begins
+    what is said with a line break that its prompt lacks."""
+    try:
+        head, tail = template_frame(tokenizer, prompt, tools)
+        end = tail.removesuffix(decode(tokenizer, [assistant_stop_id(tokenizer)]))
+        again = render_response(tokenizer, prompt, tools, head + WORDS + end)
+    except SkipRow:  # it refuses responses
+        return "", ""
+    return ("", "") if again == head + WORDS + tail else (head, end)
 
 
 def scored_ids(tokenizer, prompt, tools, responses, vocab_size, args):
@@ -702,19 +731,18 @@ def scored_ids(tokenizer, prompt, tools, responses, vocab_size, args):
     end = assistant_stop_id(tokenizer) if conversation else tokenizer.eos_token_id
     texts = [text for text, _ in responses]
     if conversation:
-        for k, text in enumerate(texts):
+        _, tail = template_frame(tokenizer, prompt, tools)
+        for k, (text, stop) in enumerate(responses):
             if text.strip():
-                _, texts[k] = render_chat(tokenizer, prompt, [dict(role="assistant", content=text)], tools)
+                rendered = render_response(tokenizer, prompt, tools, text)
+                texts[k] = rendered.removesuffix(tail) if stop is None else rendered
     ys = []
     for y, (text, stop) in zip(encode_after(tokenizer, [prompt_text] * len(texts), texts), responses):
         require_known(y, vocab_size)
-        has_stop = len(y) > 0 and y[-1] in stops.values()
-        if stop is None and text:
-            if has_stop and conversation:
-                y = y[:-1]  # the template wrote it, the policy did not come to it
-        elif stop in stops and not conversation:
+        needs_end = not y or (stop is not None and y[-1] not in stops.values())
+        if stop in stops and not conversation:
             y = y + [stops[stop]]
-        elif not has_stop:
+        elif needs_end:
             y = y + [end]
         ys.append(y[: args.max_length - len(x)])
     return x, ys
@@ -905,7 +933,10 @@ def sampled_rows(policy, tokenizer, prompts, args, *, k, temperature, stops, des
     for finished in rounds:
         rows = []
         for i, ys in finished:
-            rows.append(sample_row(prompts[i], [completion_text(y, stops, tokenizer) for y in ys]))
+            frame = ("", "")
+            if isinstance(prompts[i].content, list):
+                frame = repeated_frame(tokenizer, prompts[i].content, prompts[i].tools)
+            rows.append(sample_row(prompts[i], [completion_text(y, stops, tokenizer, frame) for y in ys]))
         if with_logps and temperature > 0:
             ids = [prompts[i].ids for i, _ in finished]
             logps = compute_in_batches(compute, ids, [ys for _, ys in finished], columns=1, batch_size=args.batch_size,
@@ -925,9 +956,8 @@ def read_again(tokenizer, prompts, rows, args):
         for text, stop in zip(row["completions"], row["stops"]):
             response = text + (stop or "")
             if isinstance(prompt.content, list) and text.strip():
-                messages = [dict(role="assistant", content=text)]
                 try:
-                    _, response = render_chat(tokenizer, prompt.content, messages, prompt.tools)
+                    response = render_response(tokenizer, prompt.content, prompt.tools, text)
                 except SkipRow:  # the template refuses the response, and so a trainer will
                     response = None
             befores.append(prompt_text)

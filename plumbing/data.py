@@ -123,8 +123,8 @@ def json_texts(file):
 
 
 # ---------------------------------------------------------------------------------------- tokenizers and chat templates
-SHAREGPT = ("ShareGPT row: rename conversations to messages, its from to role with human as user and gpt as assistant,"
-            " its value to content")
+SHAREGPT = ("ShareGPT row: rename conversations to messages (of pairs: to prompt, chosen and rejected being lists), its"
+            " from to role with human as user and gpt as assistant, its value to content")
 TODAY = date(2024, 7, 26)  # for templates that write it (Llama 3.2's own default): a run is the same on any day
 
 
@@ -140,7 +140,9 @@ def load_tokenizer(directory, chat_template_kwargs=None):
         if (directory / "tokenizer.model").exists() and not list(directory.glob("tokenizer*.json")):
             tokenizer = meta_tokenizer(directory / "tokenizer.model")
         else:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            # Not mistral-common's own, where that is installed: it has another interface, and no chat template.
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
+                                                      mistral_format=False)
     except Exception as error:  # whatever a broken file leads to; `tokenizers` itself raises no other class
         raise UserError(f"{directory}: no tokenizer that transformers can load (a SentencePiece model needs its"
                         f" tokenizer.json): {error}") from None
@@ -340,6 +342,8 @@ def join_parts(parts):
 
 def wrong_types(row, columns):
     """A SkipRow that says what a row's columns hold."""
+    if row.get("conversations") is not None:
+        return SkipRow(SHAREGPT)
     held = [f"{column} is {type(row.get(column)).__name__}" for column in columns]
     return SkipRow(f"wrong types, {', '.join(held)}")
 

@@ -139,6 +139,19 @@ def llama2_tokenizer(directory, legacy, **kwargs):
     return tokenizer
 
 
+def mistral_tokenizer(directory):
+    """Save Mistral's own tokenizer, of the SentencePiece model that mistral-common ships, as transformers converts it."""
+    for package in ("mistral_common", "sentencepiece"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"package {package} is not installed")
+    from transformers import LlamaTokenizer
+
+    model = Path(importlib.util.find_spec("mistral_common").origin).parent / "data" / "tokenizer.model.v1"
+    (directory / "tokenizer.model").symlink_to(model)
+    LlamaTokenizer.from_pretrained(directory, add_bos_token=True).save_pretrained(directory)
+    (directory / "tokenizer.model").unlink()
+
+
 @pytest.fixture(scope="session")
 def tiny_llama():
     """-> make(directory, seed=0, **config): a random LlamaForCausalLM and byte tokenizer, saved by transformers.

@@ -246,8 +246,8 @@ def test_pairs(byte, tmp_path):
 
 
 GOOD = dict(prompt="p", chosen="good", rejected="bad")
-SHAREGPT = ("ShareGPT row: rename conversations to messages, its from to role with human as user and gpt as assistant, its value"
-            " to content")
+SHAREGPT = ("ShareGPT row: rename conversations to messages (of pairs: to prompt, chosen and rejected being lists), its from to role"
+            " with human as user and gpt as assistant, its value to content")
 SKIPPED = {
     "no chosen and rejected, keys: []": ["[1, 2]", '"text"', "null", "3", {}],
     "no chosen and rejected, keys: ['question', 'answer']": [dict(question="q", answer="a")],
@@ -271,6 +271,7 @@ SKIPPED = {
     "wrong types, chosen_logps is str": [GOOD | dict(chosen_logps="-1.5")],
     "rejected_logps positive or not finite": [GOOD | dict(rejected_logps=value) for value in (0.5, math.nan, -math.inf, -1e39, -10**400)],
     SHAREGPT: [dict(conversations=[{"from": "human", "value": "a"}], chosen={"from": "gpt", "value": "b"}),
+               dict(conversations=[{"from": "human", "value": "a"}], chosen={"from": "gpt", "value": "b"}, rejected={"from": "gpt", "value": "c"}),
                dict(prompt=[{"from": "human", "value": "a"}], chosen=[{"from": "gpt", "value": "b"}], rejected=turns("a", "c"))],
     "prompt mismatch": [dict(chosen="\n\nHuman: a\n\nAssistant: x", rejected="\n\nHuman: b\n\nAssistant: y"),
                         dict(chosen="\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: z",

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import byte_tokenizer, llama2_tokenizer, load_rows
+from conftest import byte_tokenizer, llama2_tokenizer, load_rows, mistral_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import evaluate
 import train_pref
 import train_sft
-from plumbing.data import load_tokenizer
+from plumbing.data import load_tokenizer, stop_ids
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -134,6 +135,7 @@ CASES = {  # tokenizer, template, rows, arguments of the template, differences
     "Zephyr, SentencePiece": ("llama2", ZEPHYR, TALKS, {}, set()),
     "Zephyr, stories260K": ("stories", ZEPHYR, TALKS, {}, set()),
     "Mistral, SentencePiece": ("llama2", MISTRAL, TALKS, {}, set()),
+    "Mistral, its own SentencePiece": ("mistral", MISTRAL, TALKS, {}, set()),
     "Qwen2.5 with tools": ("qwen", QWEN25, TALKS + TOOL_TALKS, {}, {"after the stop", "merged"}),
     "Qwen3 that thinks": ("qwen", QWEN3, TALKS + THOUGHTS, {}, {"after the stop"}),
     "Qwen3 that does not think": ("qwen", QWEN3, TALKS, dict(enable_thinking=False), {"after the stop", "merged"}),
@@ -170,6 +172,8 @@ def load(tmp_path_factory, request):
             qwen_tokenizer(directory)
         elif name.startswith("llama2"):
             llama2_tokenizer(directory, legacy="legacy" in name)
+        elif name == "mistral":
+            mistral_tokenizer(directory)
         elif name == "pad ends turns":  # Llama 3's first release, and a pad token that somebody chose
             byte_tokenizer(directory, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", pad_token="<|eot_id|>",
                            additional_special_tokens=["<|start_header_id|>", "<|end_header_id|>"])
@@ -187,8 +191,9 @@ def load(tmp_path_factory, request):
 
     def directory_of(name):
         if name not in directories:
-            directories[name] = tmp_path_factory.mktemp("tokenizer")
-            make(name, directories[name])
+            directory = tmp_path_factory.mktemp("tokenizer")
+            make(name, directory)  # skips where a package lacks
+            directories[name] = directory
         return directories[name]
 
     def load(name, template, **chat_template_kwargs):
@@ -294,6 +299,41 @@ def test_what_a_server_renders(case, load, tmp_path):
             assert prompt.count(tokenizer.bos_token_id) == ("bos_token" in template)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_said_is_read_again(case, load, tmp_path, monkeypatch):
+    """What a policy says that has learned the responses above, kept as the texts of messages, is by the same template the
+    same ids again, for a trainer and a reward model. Of what was cut the reward model reads no more than was said."""
+    name, template, rows, given, _ = CASES[case]
+    if template is QWEN3 and not given:  # which drops line breaks after a thought
+        rows = [row for row in rows if not row["rejected"][0]["content"].startswith("\n")]
+    tokenizer = load(name, template, **given)
+    evaluate.stop_texts.cache_clear()  # the tokenizer had another template before
+    learned = ours(train_pref, tokenizer, rows, tmp_path)
+    stops = sorted(stop_ids(tokenizer))
+    args = SimpleNamespace(rm="rm", max_length=10**6, max_prompt_length=10**5, top_p=1.0)
+    kept = []
+    for row, (prompt, *said) in zip(rows, learned, strict=True):
+        def write(ys):
+            """What `sample` writes where the policy says ys: (text, stop) each."""
+            monkeypatch.setattr(evaluate, "completions", lambda *_, **__: [[(0, ys)]])
+            asked = evaluate.Prompt(0, row["prompt"], row.get("tools"), prompt, references=[])
+            (written,), = evaluate.sampled_rows(None, tokenizer, [asked], args, k=len(ys), temperature=0, stops=stops, desc="")
+            return list(zip(written["completions"], written["stops"], strict=True))
+
+        answers = write(said)
+        assert [stop for _, stop in answers] == [tokenizer.decode(ids[-1:]) for ids in said]
+        score = lambda answers: evaluate.scored_ids(tokenizer, row["prompt"], row.get("tools"), answers, 10**6, args)
+        assert score(answers) == (prompt, said)
+        chosen, rejected = [[dict(role="assistant", content=text)] for text, _ in answers]
+        kept.append(row | dict(chosen=chosen, rejected=rejected))
+        for ids in [ids[:-n] for ids in said for n in (1, 2) if len(ids) > n]:
+            text = tokenizer.decode(ids)
+            if text.strip() and not text.endswith("\ufffd"):  # a part of a letter
+                _, (again,) = score(write([ids]))
+                assert tokenizer.decode(again) in (text, text.rstrip())  # many a template trims
+    assert ours(train_pref, tokenizer, kept, tmp_path) == learned
+
+
 def test_r1_needs_a_training_template(load, tmp_path):
     """Its own drops the thoughts and opens new ones: the conversation does not continue the prompt. TRL learns answers to a
     prompt without <think>, which no one asks."""
@@ -312,7 +352,7 @@ TEXT_CASES = {  # rows, the difference of each
     "merged": [pair("Q: a town? ", "Aby", "none"), pair("TL;DR: ", "a dog", "the dog")],
     "own stop": [pair("Q:", " one{stop}", " two{stop}")],
 }
-TEXT_TOKENIZERS = {"llama2": "</s>", "llama2 legacy": "</s>", "llama3": "<|end_of_text|>", "smollm": "<|endoftext|>",
+TEXT_TOKENIZERS = {"llama2": "</s>", "llama2 legacy": "</s>", "mistral": "</s>", "llama3": "<|end_of_text|>", "smollm": "<|endoftext|>",
                    "qwen": "<|endoftext|>", "bytes": "<end_of_turn>", "stories": "</s>"}
 
 

@@ -7,10 +7,11 @@ import gzip
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, llama2_tokenizer
+from conftest import byte_tokenizer, llama2_tokenizer, mistral_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
@@ -196,6 +197,19 @@ def test_refused_tokenizers(tmp_path):
 SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15\x00\x00\x00\x00\x18\x03"
 
 
+def test_a_tokenizer_of_two_formats(tmp_path):
+    """Mistral's repositories hold tekken.json too, which transformers prefers where mistral-common is installed."""
+    package = pytest.importorskip("mistral_common", reason="package mistral_common is not installed")
+    byte_tokenizer(tmp_path, chat_template="{{ messages[0].content }}")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / "tekken.json").symlink_to(Path(package.__file__).parent / "data" / "tekken_240718.json")
+    assert type(AutoTokenizer.from_pretrained(tmp_path)).__name__ == "MistralCommonBackend"
+    tokenizer = load_tokenizer(tmp_path)
+    assert encode(tokenizer, ["ab"]) == [[64, 65]] and tokenizer.chat_template == "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "mistral_format" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+
+
 def test_sentencepiece_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE)
     with pytest.raises(UserError, match="a SentencePiece model needs its tokenizer.json.*tokenizer.model"):
@@ -306,11 +320,14 @@ def test_no_prompt_and_no_bos(no_bos):
 
 # ------------------------------------------------------------------------------------------------------------ SentencePiece
 # Llama 2's tokenizers begin a text with a space of their own: the ids of a response are those it has after its prompt.
-@pytest.fixture(params=["stories260K", "Llama 2, legacy", "Llama 2"])
+@pytest.fixture(params=["stories260K", "Llama 2, legacy", "Llama 2", "Mistral"])
 def sentencepiece(request, tmp_path):
     if request.param == "stories260K":
         return load_tokenizer(request.getfixturevalue("stories"))
-    llama2_tokenizer(tmp_path, legacy="legacy" in request.param)
+    if request.param == "Mistral":
+        mistral_tokenizer(tmp_path)
+    else:
+        llama2_tokenizer(tmp_path, legacy="legacy" in request.param)
     return load_tokenizer(tmp_path)
 
 
