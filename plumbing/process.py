@@ -118,7 +118,8 @@ def check_torchrun():
     try:
         socket.create_connection(address, timeout=60).close()
     except OSError as error:
-        raise UserError(f"torchrun is gone, its store at {address[0]}:{address[1]} does not answer: {error}") from None
+        raise UserError(f"torchrun is gone, its store at {address[0]}:{address[1]} does not answer (on several machines"
+                        f" also: its --local_addr must name an address that the others reach): {error}") from None
 
 
 def on_rank_0(function):
