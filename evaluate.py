@@ -19,8 +19,8 @@ completions a prompt. A response ends with its stop: the token, EOS or what the 
 policy said; samples keep it apart from the text (`stops`; null: cut at --max_new_tokens), and no judge sees it.
 
 A conversation stays a list of messages in every file: policy, reward model and judge each read it in their own form.
-What is not finite is refused, naming the model and the row. One bad checkpoint, run, question or request is said with
-its place, the others go on, and the exit code is 1.
+What is not finite is refused, naming the model and the row. One bad checkpoint, run, sample, question, answer or
+request is said with its place, the others go on, and the exit code is 1.
 """
 
 import functools
@@ -1497,7 +1497,7 @@ class Server:
         reason = choice.finish_reason
         tokens = answer.usage.completion_tokens if answer.usage else None
         return dict(text=self.redact(text), finish_reason=self.redact(reason) if isinstance(reason, str) else None,
-                    model=self.redact(str(answer.model or "")), tokens=tokens if isinstance(tokens, int) else None)
+                    model=self.redact(str(answer.model or "")), tokens=tokens if type(tokens) is int else None)
 
     def create(self, request):
         """Send it, in the form that the server takes, see OTHER_NAMES."""
