@@ -1845,9 +1845,10 @@ def golden_points(directory, last_step):
         measures = {name: row.get(name) for name in ("step", "epoch", "win_rate", "sqrt_kl", "length")}
         errors = {name: row.get(name) for name in ("win_rate_se", "sqrt_kl_se")}
         fits = all(map(is_number, measures.values())) and isinstance(row.get("settings"), str)
-        if not fits or not all(error is None or is_number(error) for error in errors.values()):
-            raise UserError(f"{where}: {measures | errors} must be numbers, with `settings`: delete {path} and run"
-                            f" {remedy}")
+        roots = [value for value in (measures["sqrt_kl"], *errors.values()) if value is not None]
+        if not fits or not all(is_number(root) and root >= 0 for root in roots):
+            raise UserError(f"{where}: {measures | errors} must be numbers, sqrt_kl and errors not below 0, with"
+                            f" `settings`: delete {path} and run {remedy}")
         points = of_settings.pop(row["settings"], {})
         of_settings[row["settings"]] = points  # now the last
         in_percent = {name: row[name] and 100 * row[name] for name in ("win_rate", "win_rate_se") if name in row}
