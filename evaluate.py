@@ -978,6 +978,8 @@ def label(args):
     vocab_size = reward_model.model.embed_tokens.num_embeddings
     bad = {}
     samples = read_samples(args.samples, bad)
+    if not samples:  # before OUT says what it is made of: the file may be mended
+        raise UserError(f"{args.samples}: no samples: {describe_skips(bad)}")
     provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
     skipped = dict(bad)
 

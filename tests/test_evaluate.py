@@ -486,6 +486,11 @@ def test_label(run_script, rm_dir, tmp_path):
     label("p.jsonl").refused("p.jsonl holds something else", "choose another --out")
     assert (tmp_path / "p.jsonl").read_bytes() == whole[:-20]
     label("p.jsonl", "--noise", "bt").refused("noise was 'none', is 'bt'")
+    # One row that is no sample is said, the others are labelled, and the exit code is 1.
+    write_samples(path, [dict(prompt="none"), *samples])
+    result = label("rest.jsonl")
+    assert result.code == 1 and f"(first {path}:1)" in result.out and "2 pairs of 4 prompts" in result.out
+    assert [pair["chosen"] for pair in read(tmp_path / "rest.jsonl")] == [pair["chosen"] for pair in pairs]
     path.write_text('{"prompt": "p", "format": 2}\n')
     label("bad.jsonl").refused(f"{path}:1", "as `sample` writes them")
     path.write_text('{"prompt": "p", "completions": ["a", "b"]}\n')  # of a version that rendered conversations
