@@ -19,8 +19,8 @@ completions a prompt. A response ends with its stop: the token, EOS or what the 
 policy said; samples keep it apart from the text (`stops`; null: cut at --max_new_tokens), and no judge sees it.
 
 A conversation stays a list of messages in every file: policy, reward model and judge each read it in their own form.
-What is not finite is refused, naming the model and the row. One bad checkpoint, run, question or request is said with
-its place, the others go on, and the exit code is 1.
+What is not finite is refused, naming the model and the row. One bad checkpoint, run, sample, question, answer or
+request is said with its place, the others go on, and the exit code is 1.
 """
 
 import functools
@@ -49,12 +49,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from plumbing.checkpoint import find_model, model_fingerprint, load_weights
+from plumbing.checkpoint import find_model, model_fingerprint, load_weights, verify_checkpoint
 from plumbing.data import (SkipRow, apply_template, assistant_stop_id, begins_with_a_space, count_skip, describe_skips,
                            encode, encode_after, finish_prompt, lacking, load_tokenizer, read_jsonl, read_rows,
                            render_chat, require_known, stop_ids, text_begin, text_messages, wrong_types)
-from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, on_rank_0, parse_json,
-                              print_rank0, read_json, read_text, run_main, to_json, write_atomically, write_text)
+from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, make_directory, on_rank_0,
+                              parse_json, print_rank0, read_json, read_text, run_main, to_json, write_atomically,
+                              write_text)
 from plumbing.run import Parser, check_ranges, json_object, open_tracker
 
 
@@ -613,28 +614,37 @@ def prompt_ids(text, rendered, tokenizer, vocab_size, args, cut, where):
 SAMPLE_FORMAT = 2  # 1: conversations had gone through the policy's template, and no other model could read them
 
 
-def read_samples(path):
-    """-> [("file:line", what `sample` wrote)]; `stops`, `references`, `logps` may lack: all ended, none, unknown.
-    Raises UserError."""
-    samples = list(read_jsonl(Path(path)))
-    for where, row in samples:
-        if row.get("format") != SAMPLE_FORMAT:
-            raise UserError(f"{where}: no sample of format {SAMPLE_FORMAT}. Older ones hold rendered conversations:"
-                            f" make them anew. In rows of your own write \"format\": {SAMPLE_FORMAT}")
-        texts = row.get("completions")
-        row.setdefault("references", [])
-        well_formed = are_texts(texts) and texts and are_texts(row["references"])
-        well_formed = well_formed and is_prompt(row.get("prompt"))
-        well_formed = well_formed and one_each(texts, row.setdefault("stops", [""] * len(texts)), is_text)
-        if row.get("logps") is not None:
-            well_formed = well_formed and one_each(texts, row["logps"], is_log_prob)
-        if not well_formed:
-            raise UserError(f"{where}: want prompt (a text or messages), completions, references (texts), and for each"
-                            " completion its stop (a text) and, if known, in logps its log-prob (0 at most), or null,"
-                            " as `sample` writes them")
-        if LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
-            raise UserError(f"{where}: half of a surrogate pair: mend or drop that row")
+def read_samples(path, bad):
+    """-> [("file:line", what `sample` wrote)]; `stops`, `references`, `logps` may lack: all ended, none, unknown. What
+    is no sample is counted in `bad`."""
+    samples = []
+    for where, row in read_jsonl(Path(path)):
+        try:
+            check_sample(row)
+            samples.append((where, row))
+        except SkipRow as skip:
+            count_skip(bad, str(skip), where)
     return samples
+
+
+def check_sample(row):
+    """Fill in what a sample may lack. Raises SkipRow."""
+    if row.get("format") != SAMPLE_FORMAT:
+        raise SkipRow(f"no sample of format {SAMPLE_FORMAT} (older ones hold rendered conversations: make them anew; in"
+                      f" rows of your own write \"format\": {SAMPLE_FORMAT})")
+    texts = row.get("completions")
+    row.setdefault("references", [])
+    well_formed = are_texts(texts) and texts and are_texts(row["references"])
+    well_formed = well_formed and is_prompt(row.get("prompt"))
+    well_formed = well_formed and one_each(texts, row.setdefault("stops", [""] * len(texts)), is_text)
+    if row.get("logps") is not None:
+        well_formed = well_formed and one_each(texts, row["logps"], is_log_prob)
+    if not well_formed:
+        raise SkipRow("no sample: want prompt (a text or messages), completions, references (texts), and for each"
+                      " completion its stop (a text) and, if known, in logps its log-prob (0 at most), or null, as"
+                      " `sample` writes them")
+    if LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+        raise SkipRow("broken Unicode")
 
 
 def is_prompt(content):
@@ -788,14 +798,15 @@ def load_scorer(args, device):
 
 
 # ------------------------------------------------------------------------- files that a second run of a command goes on
-def complete_rows(out, provenance, items, compute, product=None):
+def complete_rows(out, provenance, items, compute, fields, product=None):
     """The rows {index: row} of items {index: item} in the .jsonl file `out`. compute(the items that it lacks) yields
-    lists of rows, which are on disk before more are computed; an item without a row is left out. All ranks call it.
+    lists of rows, which are on disk before more are computed; an item without a row is left out. A row has the `fields`
+    {name: type}. All ranks call it.
 
     OUT.about.json holds the `provenance`, how the rows are made: a second run must be told the same, but for the flags
     FREE. UserError lists the differences, or says that `out`, or the file `product` that is made of its rows, stands
     there without it."""
-    rows = on_rank_0(lambda: rows_so_far(out, provenance, product or out))
+    rows = on_rank_0(lambda: rows_so_far(out, provenance, fields, product or out))
     lacking = {index: item for index, item in items.items() if index not in rows}
     if not lacking:
         print_rank0(f"{out} is complete")
@@ -808,7 +819,7 @@ def complete_rows(out, provenance, items, compute, product=None):
     return rows
 
 
-def rows_so_far(out, provenance, product):
+def rows_so_far(out, provenance, fields, product):
     """What complete_rows begins with: the rows {index: row} that `out` holds, if they were made in the same way."""
     sidecar = out.with_suffix(".about.json")
     if sidecar.exists():
@@ -823,7 +834,7 @@ def rows_so_far(out, provenance, product):
         for path in (out, product):
             if path.exists():
                 raise UserError(f"{path} exists, and no {sidecar.name} says how it was made: choose another --out")
-    rows = read_own_rows(out, fields=["index"], key=["index"])
+    rows = read_own_rows(out, fields, key=["index"])
     write_json(sidecar, provenance)
     return rows
 
@@ -831,18 +842,19 @@ def rows_so_far(out, provenance, product):
 def read_own_rows(path, fields, key):
     """{values of the fields `key`: row} of a .jsonl file, which is locked from now on. A line that a kill cut in two is
     dropped, and of rows of one key the first is kept. Raises UserError, leaving it as it is, for a file of somebody
-    else's: a row of ours has the `fields`, the first at its head."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    else's or one that was edited: a row of ours has the `fields` {name: type}, the first at its head."""
+    make_directory(path.parent)
     lock_for_writing(path)
     text = path.read_bytes() if path.exists() else b""
-    begins = f'{{"{fields[0]}": '.encode()
+    begins = f'{{"{next(iter(fields))}": '.encode()
     if not begins.startswith(text[: len(begins)]):
         raise UserError(f"{path}:1: not a row of ours: give --out a file of its own")
     lines = read_whole_lines(path) if text else []
     rows = {}
     for where, row in lines:
-        if not {*fields} <= row.keys():
-            raise UserError(f"{where}: not a row of ours, which has {', '.join(fields)}: mend or delete it")
+        for name, kind in fields.items():
+            if name not in row or not isinstance(row[name], kind):
+                raise UserError(f"{where}: not a row of ours: {name} is {row.get(name)!r:.40}: mend or delete it")
         rows.setdefault(itemgetter(*key)(row), row)
     if len(rows) < len(lines):
         print_rank0(f"{path}: {len(lines) - len(rows)} rows stood there twice: the first of each is kept")
@@ -912,7 +924,8 @@ def sample(args):
         return sampled_rows(policy, tokenizer, list(lacking.values()), args, k=args.k, temperature=args.temperature,
                             stops=stops, desc="sampling", with_logps=True)
 
-    rows = complete_rows(Path(args.out), provenance, {prompt.index: prompt for prompt in prompts}, compute).values()
+    rows = complete_rows(Path(args.out), provenance, {prompt.index: prompt for prompt in prompts}, compute,
+                         dict(index=int, completions=list, stops=list)).values()
     texts = [text for row in rows for text in row["completions"]]
     stops_said = [stop for row in rows for stop in row["stops"]]
     ended = len(stops_said) - stops_said.count(None)
@@ -993,9 +1006,12 @@ def label(args):
     out = Path(args.out)
     reward_model, tokenizer, directory = load_scorer(args, device)
     vocab_size = reward_model.model.embed_tokens.num_embeddings
-    samples = read_samples(args.samples)
+    bad = {}
+    samples = read_samples(args.samples, bad)
+    if not samples:  # before OUT says what it is made of: the file may be mended
+        raise UserError(f"{args.samples}: no samples: {describe_skips(bad)}")
     provenance = vars(args) | dict(rm=model_fingerprint(directory), samples=file_sha256(args.samples))
-    skipped = {}
+    skipped = dict(bad)
 
     def compute(lacking):
         known = {}
@@ -1013,7 +1029,8 @@ def label(args):
             scores = score(reward_model, prompts, responses, places, args, known, desc)
             yield [dict(index=index, rewards=of_prompt.tolist()) for index, of_prompt in zip(indices, scores)]
 
-    scores = complete_rows(out.with_suffix(".scores.jsonl"), provenance, dict(enumerate(samples)), compute, out)
+    scores = complete_rows(out.with_suffix(".scores.jsonl"), provenance, dict(enumerate(samples)), compute,
+                           dict(index=int, rewards=list), out)
     pairs = []
     for index, score_row in scores.items():
         where, row = samples[index]
@@ -1027,6 +1044,7 @@ def label(args):
     complete = on_rank_0(lambda: write_once(out, as_lines(pairs)))
     print_rank0(f"{out}{complete}: {report}")
     print_rank0(f"next: python {HERE}/train_pref.py --model REFERENCE --data {shlex.quote(str(out))} --loss is_dpo")
+    return 1 if bad else 0
 
 
 def choose_pair(row, rewards, eos, args):
@@ -1079,8 +1097,6 @@ def golden(args):
     ref, tokenizer, ref_directory = load_policy(args.ref, args, device)
     stops = sorted(stop_ids(tokenizer))
     prompts, digest = on_rank_0(lambda: load_prompts(args, tokenizer, ref.config.vocab_size))
-    if not all(prompt.references for prompt in prompts):
-        raise UserError(f"{args.data}: prompts without a response to compare with: it takes `completion` or `chosen`")
     protocol = {name: getattr(args, name) for name in PROTOCOL}
     if args.chat_template_kwargs:
         protocol["chat_template_kwargs"] = args.chat_template_kwargs
@@ -1100,14 +1116,17 @@ def golden(args):
         return score(reward_model, [x for x, _ in ids], [ys for _, ys in ids], places, args, known, desc)
 
     if evaluations:
-        # Before anything is sampled: a prompt that the reward model cannot read would stop every checkpoint.
+        # Before anything is sampled: a prompt that cannot be judged would stop every checkpoint.
         prompts = leave_out_refused(prompts, rm_tokenizer, vocab_size, args)
         references = {}
         reference_rewards = rate(prompts, [prompt.references for prompt in prompts], references, "references")
     measured = {}  # by weights: the reference policy is step 0 of every run
     for evaluation in evaluations:
         try:
-            if evaluation.weights not in measured:
+            if evaluation.weights in measured:
+                # By their manifest: it says what was written, not what is there.
+                on_rank_0(lambda: verify_checkpoint(evaluation.path))
+            else:
                 # Of rewards only the references' are known before: which others are computed together, and so their
                 # last bits, must not depend on what else was evaluated before, or before a kill.
                 known = dict(references)
@@ -1146,11 +1165,14 @@ def figure_text(name, row):
 
 
 def leave_out_refused(prompts, rm_tokenizer, vocab_size, args):
-    """The prompts whose references the reward model's template and tokenizer take; the others are said."""
+    """The prompts that have references, and whose references the reward model's template and tokenizer take; the others
+    are said."""
     kept = []
     skipped = {}
     for prompt in prompts:
         try:
+            if not prompt.references:
+                raise SkipRow("without a response to compare with (`completion` or `chosen`)")
             scored_ids(rm_tokenizer, prompt.content, prompt.tools, prompt.references, vocab_size, args)
             kept.append(prompt)
         except SkipRow as skip:
@@ -1158,7 +1180,7 @@ def leave_out_refused(prompts, rm_tokenizer, vocab_size, args):
     if skipped:
         print_rank0(f"{args.data}: {len(kept)} of {len(prompts)} prompts; skipped: {describe_skips(skipped)}")
     if not kept:
-        raise UserError(f"{args.rm} takes no prompt of {args.data}: {describe_skips(skipped)}")
+        raise UserError(f"{args.data}: no prompt that {args.rm} can judge: {describe_skips(skipped)}")
     return kept
 
 
@@ -1182,7 +1204,7 @@ def find_work(args, ref_directory, ref_fingerprint, settings):
                     paths[int(path.name[5:])] = path
             if (run / "final").exists():
                 paths.setdefault(header["steps"], run / "final")
-            done = read_own_rows(run / "golden.jsonl", fields=["checkpoint", "step", "weights", "settings"],
+            done = read_own_rows(run / "golden.jsonl", dict(checkpoint=str, step=int, weights=str, settings=str),
                                  key=["step", "weights", "settings"])
             put_settings_last(run / "golden.jsonl", settings)
         except UserError as error:
@@ -1347,7 +1369,8 @@ def bench(args):
                 prompts[number] = Prompt(number, content, None, ids, references=[])
             except SkipRow as skip:
                 count_skip(skipped, str(skip), question["where"])
-        rows = complete_rows(out.with_suffix(f".turn{turn + 1}.jsonl"), provenance, prompts, compute, out)
+        rows = complete_rows(out.with_suffix(f".turn{turn + 1}.jsonl"), provenance, prompts, compute,
+                             dict(index=int, completions=list, tstamp=float), out)
         for number, row in rows.items():
             questions[number]["messages"].append(dict(role="assistant", content=row["completions"][0].strip()))
             questions[number]["tstamp"] = row["tstamp"]
@@ -1506,7 +1529,7 @@ class Server:
         reason = choice.finish_reason
         tokens = answer.usage.completion_tokens if answer.usage else None
         return dict(text=self.redact(text), finish_reason=self.redact(reason) if isinstance(reason, str) else None,
-                    model=self.redact(str(answer.model or "")), tokens=tokens if isinstance(tokens, int) else None)
+                    model=self.redact(str(answer.model or "")), tokens=tokens if type(tokens) is int else None)
 
     def create(self, request):
         """Send it, in the form that the server takes, see OTHER_NAMES."""
@@ -1623,17 +1646,18 @@ def api_rows(prompts, args):
         yield [sample_row(prompt, answers)]
 
 
-def comparison_tasks(args):
+def comparison_tasks(args, bad):
     """-> the requests that compare samples, [(what one asks about, its messages)], and how many completions have
     nothing to be compared with. `completion_is` is the letter of our completion. Texts lose the blanks around them,
     which would tell the writers apart; an empty completion is judged like any other. A conversation is put to the judge
-    in the form of the paper's dialogues, whatever template its policy has."""
+    in the form of the paper's dialogues, whatever template its policy has. Rows that are no samples are counted in
+    `bad`."""
     tasks = []
     n_unmatched = 0
     others = {}
-    for _, row in read_samples(args.against) if args.against else []:
+    for _, row in read_samples(args.against, bad) if args.against else []:
         others[json.dumps(row["prompt"])] = row["completions"]
-    for _, row in read_samples(args.samples):
+    for _, row in read_samples(args.samples, bad):
         prompt = row["prompt"]
         history = prompt if isinstance(prompt, str) else dialogue(prompt)
         completions_ = row["completions"]
@@ -1651,53 +1675,63 @@ def comparison_tasks(args):
     return tasks, n_unmatched
 
 
-def mt_bench_tasks(args):
+def mt_bench_tasks(args, bad):
     """Like comparison_tasks: the requests that grade MT-Bench answers one by one, turn 1 and turn 2, in FastChat's
-    words; and how many questions have no answer."""
+    words; and how many questions have no answer. One that does not fit its question is counted in `bad`."""
     folder = Path(args.mt_bench)
-    tasks = []
-    where = args.samples
     try:
         templates = {row["name"]: row for _, row in read_jsonl(folder / "judge_prompts.jsonl")}
         questions = {row["question_id"]: row for _, row in read_jsonl(folder / "mt_bench/question.jsonl")}
         references = {}
         for _, row in read_jsonl(folder / "mt_bench/reference_answer/gpt-4.jsonl"):
             references[row["question_id"]] = row["choices"][0]["turns"]
-        for where, answer in read_jsonl(Path(args.samples)):
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{folder}: not FastChat's fastchat/llm_judge/data: {error!r}") from None
+    tasks = []
+    for where, answer in read_jsonl(Path(args.samples)):
+        try:
             name = answer["question_id"]
             question = questions.pop(name)  # an answer of another model to it is an error
-            fields = dict(question=question["turns"], answer=answer["choices"][0]["turns"],
-                          ref_answer=references.get(name, []))
-            texts = {}
-            for field, turns in fields.items():
-                for turn, text in enumerate(turns, 1):
-                    texts[f"{field}_{turn}"] = text
-            texts |= dict(question=texts["question_1"], answer=texts["answer_1"])
-            kind = "single-math-v1" if question["category"] in NEED_REFERENCE else "single-v1"
-            names = (kind, f"{kind}-multi-turn")[: len(question["turns"])]
-            for turn, template in enumerate(names, 1):
-                system = dict(role="system", content=templates[template]["system_prompt"])
-                user = dict(role="user", content=templates[template]["prompt_template"].format(**texts))
-                about = dict(question_id=name, category=question["category"], turn=turn)
-                tasks.append((about, [system, user]))
-    except (LookupError, TypeError) as error:
-        raise UserError(f"{where}: does not fit {folder}, or answers a question twice: {error!r}") from None
+            tasks += grading_tasks(question, answer["choices"][0]["turns"], references.get(name, []), templates)
+        except (LookupError, TypeError) as error:
+            count_skip(bad, f"does not fit {folder}, or answers a question twice: {error!r}", where)
     return tasks, len(questions)
+
+
+def grading_tasks(question, answer, reference, templates):
+    """Of one question, from the texts of its turns. Raises LookupError or TypeError where they do not fit."""
+    texts = {}
+    for field, turns in dict(question=question["turns"], answer=answer, ref_answer=reference).items():
+        if not are_texts(turns):  # a text for a list of texts would be graded by its letters
+            raise TypeError(f"the turns of {field} are {turns!r:.40}")
+        for turn, text in enumerate(turns, 1):
+            texts[f"{field}_{turn}"] = text
+    texts |= dict(question=texts["question_1"], answer=texts["answer_1"])
+    kind = "single-math-v1" if question["category"] in NEED_REFERENCE else "single-v1"
+    tasks = []
+    for turn, name in enumerate((kind, f"{kind}-multi-turn")[: len(question["turns"])], 1):
+        system = dict(role="system", content=templates[name]["system_prompt"])
+        user = dict(role="user", content=templates[name]["prompt_template"].format(**texts))
+        about = dict(question_id=question["question_id"], category=question["category"], turn=turn)
+        tasks.append((about, [system, user]))
+    return tasks
 
 
 def judge(args):
     """Verdicts of a judge behind an API: those that the ledger OUT lacks (delete a line to ask it again) are asked for,
     then all are scored. The key of one is the hash of its request and what it is about: a ledger serves many runs."""
+    bad = {}
     if args.mt_bench:
-        tasks, n_unmatched = mt_bench_tasks(args)
+        tasks, n_unmatched = mt_bench_tasks(args, bad)
         parse = parse_rating
         summarize = grade_result
     else:
-        tasks, n_unmatched = comparison_tasks(args)
+        tasks, n_unmatched = comparison_tasks(args, bad)
         parse = parse_choice
         summarize = comparison_result
     if not tasks:
-        raise UserError(f"{args.samples}: nothing to judge, {n_unmatched} without an opponent or an answer")
+        raise UserError(f"{args.samples}: nothing to judge, {n_unmatched} without an opponent or an answer; bad rows:"
+                        f" {describe_skips(bad)}")
     out = Path(args.out)
     summary_file = out.with_suffix(".summary.json")
     if summary_file.exists() and "verdicts_wanted" not in read_json(summary_file):
@@ -1707,7 +1741,7 @@ def judge(args):
         request = dict(model=args.judge, messages=messages, **JUDGE_SAMPLING)
         identity = json.dumps(dict(request, about=about), sort_keys=True, separators=(",", ":"))
         wanted[hashlib.sha256(identity.encode()).hexdigest()] = about, request
-    ledger = read_own_rows(out, fields=["key", "verdict", "text"], key=["key"])
+    ledger = read_own_rows(out, dict(key=str, verdict=object, text=str), key=["key"])
     pending = [(key, [request]) for key, (_, request) in wanted.items() if key not in ledger]
     print_rank0(f"{out}: {len(wanted)} verdicts wanted, {len(pending)} of them still to be asked of {args.judge}")
     failure = None
@@ -1724,18 +1758,24 @@ def judge(args):
     for key, (about, _) in wanted.items():
         if key not in ledger:
             n_missing += 1
-        elif ledger[key]["verdict"] is None:
-            malformed[key] = " ".join(ledger[key]["text"].split())[:80]
+            continue
+        text = ledger[key]["text"]
+        verdict = parse(text)  # not what the line says it is: it may be edited, or of an older, laxer parser
+        if verdict is None:
+            malformed[key] = " ".join(text.split())[:80]
         else:
-            scored.append((about, ledger[key]["verdict"]))
-    result = dict(unmatched=n_unmatched, verdicts_wanted=len(wanted), scored=len(scored), malformed=len(malformed),
-                  missing=n_missing)
+            scored.append((about, verdict))
+    result = dict(bad_rows=sum(n for n, _ in bad.values()), unmatched=n_unmatched, verdicts_wanted=len(wanted),
+                  scored=len(scored), malformed=len(malformed), missing=n_missing)
     if scored:
         result |= summarize(scored)
     write_json(summary_file, vars(args) | result | dict(malformed_verdicts=malformed))
     print_rank0(f"{json.dumps(result, indent=2)}\n-> {summary_file}")
+    if bad:
+        print_rank0(f"bad rows: {describe_skips(bad)}")
     if failure:
         raise failure
+    return 1 if bad else 0
 
 
 def comparison_result(scored):
@@ -1838,9 +1878,10 @@ def golden_points(directory, last_step):
         measures = {name: row.get(name) for name in ("step", "epoch", "win_rate", "sqrt_kl", "length")}
         errors = {name: row.get(name) for name in ("win_rate_se", "sqrt_kl_se")}
         fits = all(map(is_number, measures.values())) and isinstance(row.get("settings"), str)
-        if not fits or not all(error is None or is_number(error) for error in errors.values()):
-            raise UserError(f"{where}: {measures | errors} must be numbers, with `settings`: delete {path} and run"
-                            f" {remedy}")
+        roots = [value for value in (measures["sqrt_kl"], *errors.values()) if value is not None]
+        if not fits or not all(is_number(root) and root >= 0 for root in roots):
+            raise UserError(f"{where}: {measures | errors} must be numbers, sqrt_kl and errors not below 0, with"
+                            f" `settings`: delete {path} and run {remedy}")
         points = of_settings.pop(row["settings"], {})
         of_settings[row["settings"]] = points  # now the last
         in_percent = {name: row[name] and 100 * row[name] for name in ("win_rate", "win_rate_se") if name in row}
@@ -2061,7 +2102,7 @@ def plot(args):
     out = Path(args.out)
     if out.exists() and any(out.iterdir()) and not (out / "table1.jsonl").exists():
         raise UserError(f"{out} is not empty, and `plot` did not make it: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     lock_for_writing(out)
 
     def write_frame(name, rows):
@@ -2213,7 +2254,8 @@ def read_config(directory):
             raise UserError(f"{path}: {key} is missing")
     for key in (*no_default, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
         value = rope[key] if key in rope else getattr(c, key, None)
-        if type(value) not in (int, float) or not 0 < value < 1e12:
+        most = 1000 if key == "num_hidden_layers" else 1e12  # a million would be made for hours
+        if type(value) not in (int, float) or not 0 < value < most:
             raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"

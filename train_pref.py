@@ -737,7 +737,8 @@ def read_config(directory):
             raise UserError(f"{path}: {key} is missing")
     for key in (*no_default, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
         value = rope[key] if key in rope else getattr(c, key, None)
-        if type(value) not in (int, float) or not 0 < value < 1e12:
+        most = 1000 if key == "num_hidden_layers" else 1e12  # a million would be made for hours
+        if type(value) not in (int, float) or not 0 < value < most:
             raise UserError(f"{path}: {key} is {value!r:.100}: must be a number above 0, and no absurd one")
     if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
         raise UserError(f"{path}: {c.num_attention_heads} heads, {c.num_key_value_heads} key-value heads, head_dim"

@@ -99,8 +99,8 @@ def verify_checkpoint(directory):
         if name not in written and not must_be_same:
             continue  # a text that somebody put beside it
         if name not in found or must_be_same:
-            raise UserError(f"{directory / name} is missing, new or not what was written: restore it, or move"
-                            f" {directory} away and go on from the checkpoint before")
+            raise UserError(f"{directory / name} is missing, new or not what was written: restore it (a run of which"
+                            f" {directory} is moved away goes on from the checkpoint before)")
         print_rank0(f"warning: {directory / name} was edited; it is used as it is")
 
 

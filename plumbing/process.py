@@ -58,6 +58,8 @@ def run_main(main):
             time.sleep(5)
         end_with_error(error)
     except RuntimeError as error:
+        if "allocate memory" in str(error) or "Resource temporarily unavailable" in str(error):
+            end_with_error(UserError(f"this machine has not the memory or the threads for it: {error}"))
         # What a collective raises when another rank has died or hangs; gloo has no class of its own.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -116,7 +118,8 @@ def check_torchrun():
     try:
         socket.create_connection(address, timeout=60).close()
     except OSError as error:
-        raise UserError(f"torchrun is gone, its store at {address[0]}:{address[1]} does not answer: {error}") from None
+        raise UserError(f"torchrun is gone, its store at {address[0]}:{address[1]} does not answer (on several machines"
+                        f" also: its --local_addr must name an address that the others reach): {error}") from None
 
 
 def on_rank_0(function):
@@ -197,6 +200,14 @@ def fsync_and_chmod(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def make_directory(path):
+    """Unless it is there. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path} is a file, or a link to what is not there: choose another --out") from None
 
 
 def write_atomically(path, write):

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from plumbing.checkpoint import (check_mark, checkpoints, model_fingerprint, prune_checkpoints, step_of,
                                  verify_checkpoint)
 from plumbing.data import TODAY, source_sha256
-from plumbing.process import (UserError, fsync_and_chmod, lock_for_writing, on_rank_0, parse_json,
-                              peak_memory_gb, print_rank0, read_text, to_json, write_text)
+from plumbing.process import (UserError, fsync_and_chmod, lock_for_writing, make_directory, on_rank_0,
+                              parse_json, peak_memory_gb, print_rank0, read_text, to_json, write_text)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -216,7 +216,7 @@ def identity(header):
 def checkpoint_to_resume(out, header):
     """-> out/final if the run is complete, its newest checkpoint, or None to begin. `header` is the line that this run
     would begin metrics.jsonl with. Raises UserError where `out` holds something else or another run."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     metrics = out / "metrics.jsonl"
     empty = all(path.name.startswith(".") for path in out.iterdir())  # a kill may have left half of the first file
     if not empty and not metrics.exists():

@@ -497,6 +497,11 @@ def test_label(run_script, rm_dir, tmp_path):
     label("p.jsonl").refused("p.jsonl holds something else", "choose another --out")
     assert (tmp_path / "p.jsonl").read_bytes() == whole[:-20]
     label("p.jsonl", "--noise", "bt").refused("noise was 'none', is 'bt'")
+    # One row that is no sample is said, the others are labelled, and the exit code is 1.
+    write_samples(path, [dict(prompt="none"), *samples])
+    result = label("rest.jsonl")
+    assert result.code == 1 and f"(first {path}:1)" in result.out and "2 pairs of 4 prompts" in result.out
+    assert [pair["chosen"] for pair in read(tmp_path / "rest.jsonl")] == [pair["chosen"] for pair in pairs]
     path.write_text('{"prompt": "p", "format": 2}\n')
     label("bad.jsonl").refused(f"{path}:1", "as `sample` writes them")
     path.write_text('{"prompt": "p", "completions": ["a", "b"]}\n')  # of a version that rendered conversations
@@ -623,8 +628,8 @@ def test_golden_refuses(run_script, policy_dir, rm_dir, prompt_file, run_dir, tm
     run = run_script("evaluate")
     before = {path: path.read_bytes() for path in run_dir.glob("golden*")}
     run(*golden_args(policy_dir, rm_dir, prompt_file, tmp_path)).refused(tmp_path, "metrics.jsonl")
-    (tmp_path / "bare.jsonl").write_text('{"prompt": "p"}\n')
-    run("golden", "--rm", rm_dir, "--ref", policy_dir, "--data", tmp_path / "bare.jsonl", run_dir).refused("without a response")
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "p", "chosen": ""}\n{"prompt": "q"}\n')
+    run("golden", "--rm", rm_dir, "--ref", policy_dir, "--data", tmp_path / "bare.jsonl", run_dir).refused("without a response", "first row ")
     run("golden", "--rm", policy_dir, "--ref", policy_dir, "--data", prompt_file, run_dir).refused("score.weight")
     # Another reference than the run's: of another vocabulary, of other weights, and the toy's, where no flag is given.
     for other in (tiny_llama(tmp_path / "larger", vocab_size=280), tiny_llama(tmp_path / "weights", seed=1)):
@@ -1099,6 +1104,28 @@ def test_one_bad_checkpoint_or_run(run_script, policy_dir, rm_dir, prompt_file, 
     assert [row["step"] for row in read(other / "golden.jsonl")] == [0, 2, 4]
 
 
+def test_golden_reads_what_it_has_measured_already(run_script, policy_dir, rm_dir, prompt_file, run_dir, tmp_path):
+    """A copy of a run has the manifests of its checkpoints, and one byte of it is flipped: no row says what it would say."""
+    import shutil
+
+    copy, other = (shutil.copytree(run_dir, tmp_path / name, ignore=shutil.ignore_patterns("golden*")) for name in ("run", "other"))
+    weights = other / "step_000002" / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    result = run_script("evaluate")(*golden_args(policy_dir, rm_dir, prompt_file, copy, other))
+    assert result.code == 1 and f"failed: {other}/step_000002: {weights} is " in result.out
+    assert [row["step"] for row in read(other / "golden.jsonl")] == [0, 4] and read(copy / "golden.jsonl")[2] == read(other / "golden.jsonl")[1]
+
+
+def test_prompts_without_a_reference_are_counted(run_script, policy_dir, rm_dir, prompt_file, tmp_path):
+    bare_run(tmp_path / "run", policy_dir)
+    result = run_script("evaluate")("golden", "--rm", rm_dir, "--ref", policy_dir, "--data", prompt_file, "--max_new_tokens", 3,
+                                    tmp_path / "run").ok()
+    assert "9 of 10 prompts; skipped: 1 without a response" in result.out and "(first row 10)" in result.out
+    assert [row["prompts"] for row in read(tmp_path / "run" / "golden.jsonl")] == [9]
+
+
 def test_golden_goes_on_to_the_same_bytes(run_script, tmp_path):
     """Checkpoints that mostly say what the reference says: what was computed before must not decide which rewards are computed
     together. Killed after any row, or asked for one run alone, the rows are the same to the last bit."""
@@ -1148,6 +1175,17 @@ def test_rows_that_stand_twice(run_script, policy_dir, prompt_file, tmp_path):
     assert "2 rows stood there twice" in result.out and "is complete" in result.out and out.read_bytes() == whole
     out.unlink()  # complete is what is there
     assert "is complete" not in run(*argv).ok().out and out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", ['{"index": 5}', '{"index": [5], "completions": [], "stops": []}', '{"index": 5, "completions": 3, "stops": []}'])
+def test_rows_that_were_edited(run_script, policy_dir, prompt_file, tmp_path, line):
+    run, out = run_script("evaluate"), tmp_path / "s.jsonl"
+    argv = sample_args(policy_dir, prompt_file, out)
+    run(*argv).ok()
+    edited = line + "\n" + "".join(out.read_text().splitlines(keepends=True)[1:])
+    out.write_text(edited)
+    run(*argv).refused(f"{out}:1", "mend or delete it")
+    assert out.read_text() == edited
 
 
 def test_files_of_others_are_left_alone(run_script, policy_dir, rm_dir, prompt_file, tmp_path):

@@ -514,18 +514,37 @@ def test_key_and_url(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{broken", "s:1: not JSON"), ('{"format": 2, "prompt": "a", "completions": "b"}', "s:1: want prompt"), ("", "nothing to judge"),
-    ('{"prompt": "<|im_start|>user", "completions": ["b"]}', "s:1: no sample of format 2"),
-    ('{"format": 2, "prompt": ["a"], "completions": ["b"]}', "s:1: want prompt"),
-    *((json.dumps(dict(format=2, prompt="a", completions=["b", "c"], references=["d"]) | wrong), "s:1: want prompt") for wrong in (
+    ("{broken", "s:1: not JSON"), ('{"format": 2, "prompt": "a", "completions": "b"}', "want prompt.*s:1"), ("", "nothing to judge"),
+    ('{"prompt": "<|im_start|>user", "completions": ["b"]}', "no sample of format 2.*s:1"),
+    ('{"format": 2, "prompt": ["a"], "completions": ["b"]}', "want prompt.*s:1"),
+    *((json.dumps(dict(format=2, prompt="a", completions=["b", "c"], references=["d"]) | wrong), "want prompt.*s:1") for wrong in (
         dict(stops="bc"), dict(stops=None), dict(stops=[1, 2]), dict(stops=[""]), dict(stops={"b": 1, "c": 2}),
         dict(logps=[-1.0]), dict(logps=[-1.0] * 3), dict(logps=[]), dict(logps=-1.0), dict(logps=["x", None]), dict(logps=[0.5, -1.0]),
         dict(logps=[True, -1.0]), dict(logps=[-math.inf, -1.0]), dict(logps=[math.nan, -1.0]))),
-    ('{"format": 2, "prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "s:1: half of a surrogate pair")])
+    ('{"format": 2, "prompt": "\\ud800", "completions": ["a"], "references": ["b"]}', "broken Unicode.*s:1")])
 def test_bad_samples(server, tmp_path, line, words):
     (tmp_path / "s").write_text(line + "\n")
     with pytest.raises(evaluate.UserError, match=words):
         judge(server, tmp_path, samples=tmp_path / "s")
+
+
+def test_one_bad_sample(server, tmp_path, capsys):
+    """It is said with its place, the others are judged, and the exit code is 1."""
+    rows = read_jsonl(samples(tmp_path / "s", 3))
+    del rows[1]["completions"]
+    argv = ["judge", *command(server, tmp_path, samples=write_jsonl(tmp_path / "s", rows))]
+    assert evaluate.judge(evaluate.parse_args(argv)) == 1
+    summary = json.loads((tmp_path / "verdicts.summary.json").read_text())
+    assert (summary["bad_rows"], summary["scored"], len(server.requests)) == (1, 2, 2) and f"(first {tmp_path}/s:2)" in capsys.readouterr().out
+
+
+def test_a_verdict_is_what_the_judge_said(server, tmp_path):
+    """Not what somebody wrote beside it."""
+    result = judge(server, tmp_path, samples=samples(tmp_path / "s", 5))
+    rows = read_jsonl(tmp_path / "verdicts.jsonl")
+    for verdict in ("C", None, 7, "AB"[rows[0]["verdict"] == "A"]):
+        write_jsonl(tmp_path / "verdicts.jsonl", [rows[0] | dict(verdict=verdict), *rows[1:]])
+        assert judge(server, tmp_path, samples=tmp_path / "s") == result and result["win_rate"] == 1
 
 
 def test_flags(server, tmp_path):
@@ -682,16 +701,25 @@ def test_mt_bench(server, tmp_path, suite, capsys):
 
 
 @pytest.mark.parametrize("suite", ["small"], indirect=True)
-def test_mt_bench_files_that_do_not_fit(server, tmp_path, suite):
+def test_mt_bench_files_that_do_not_fit(server, tmp_path, suite, capsys):
     answers = [dict(question_id=n, choices=[dict(turns=["a", "b"])]) for n in range(5)]
     run = lambda rows: judge(server, tmp_path, samples=write_jsonl(tmp_path / "a.jsonl", rows), mt_bench=tmp_path / "data")
-    for rows, words in ((answers + answers[:1], "a.jsonl:6: .*answers a question twice"),
-                        ([dict(question_id=1)], "a.jsonl:1: does not fit.*choices"),
-                        ([dict(question_id=0, choices=[dict(turns=["a"])])], "does not fit.*answer_2")):
-        with pytest.raises(evaluate.UserError, match=words):
-            run(rows)
+    server.reset(lambda request, nth: "[[7]]")
+    bad = {"choices": dict(question_id=0), "answer_2": dict(question_id=0, choices=[dict(turns=["a"])]),
+           "'ab'": dict(question_id=0, choices=[dict(turns="ab")]), "[None, 'b']": dict(question_id=0, choices=[dict(turns=[None, "b"])])}
+    for words, row in bad.items():
+        with pytest.raises(evaluate.UserError, match=f"nothing to judge.*does not fit.*{re.escape(words)}.*a.jsonl:1"):
+            run([row])
+        # Beside it all others are graded, of a question answered twice the first; the exit code says that one is not.
+        result = run([row, *answers[1:], answers[1]])
+        assert (result["bad_rows"], result["scored"]) == (2, 8)
     write_jsonl(suite["reference_answers"], read_jsonl(suite["reference_answers"])[:1])
-    with pytest.raises(evaluate.UserError, match="does not fit.*ref_answer_1"):
+    argv = ["judge", *command(server, tmp_path, samples=write_jsonl(tmp_path / "a.jsonl", answers), mt_bench=tmp_path / "data")]
+    assert evaluate.judge(evaluate.parse_args(argv)) == 1
+    said = capsys.readouterr().out
+    assert "ref_answer_1" in said and f"(first {tmp_path}/a.jsonl:4)" in said
+    (tmp_path / "data" / "judge_prompts.jsonl").write_text("{}")
+    with pytest.raises(evaluate.UserError, match="not FastChat's"):
         run(answers)
 
 

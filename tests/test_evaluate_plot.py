@@ -508,6 +508,10 @@ def test_not_an_evaluated_run(tmp_path):
         write_golden(folder, some)
         with pytest.raises(evaluate.UserError, match=f"no line of step 0, the reference, or none after it: .*{remedy}"):
             evaluate.read_run(folder)
+    for negative in (dict(sqrt_kl=-1.0), dict(sqrt_kl_se=-1), dict(win_rate_se=-0.1)):
+        write_golden(folder, points[:2] + [points[2] | negative])
+        with pytest.raises(evaluate.UserError, match=r"golden\.jsonl:3: .* not below 0"):
+            evaluate.read_run(folder)
     write_golden(folder, points[:2] + [dict(points[2], sqrt_kl=math.nan, length=None)])
     with pytest.raises(evaluate.UserError, match=r"golden\.jsonl:3: .*'length': None.* must be numbers"):
         evaluate.read_run(folder)

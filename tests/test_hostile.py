@@ -239,6 +239,7 @@ NO_NUMBER = (float("nan"), float("inf"), -1.0, 0, "1e-6", True, [1], 10**400)
 NO_OBJECT = ("llama3", [1], 3, True)
 CONFIGS = [
     *((key, value) for key in SIZES for value in NO_SIZE),
+    ("num_hidden_layers", 10**6),  # would be made for hours
     *((key, value) for key in ("head_dim", "num_key_value_heads") for value in NO_SIZE if value not in (0, None)),
     *((key, value) for key in ("rms_norm_eps", "initializer_range", "rope_theta") for value in NO_NUMBER),
     *((key, value) for key in ("rope_scaling", "rope_parameters") for value in NO_OBJECT),

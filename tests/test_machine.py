@@ -193,6 +193,14 @@ def test_torchrun_ends_with_our_line(model_dir, tmp_path):
     assert any(ours in line for line in lines[-12:]), error
 
 
+@pytest.mark.parametrize("name", ["file", "link", "link/run"])
+def test_an_out_that_is_no_directory(run_script, model_dir, data, tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
+    run_script("train_pref")(*flags(model_dir, data, tmp_path / name)).refused(tmp_path / name.split("/")[0], "a link to what is not there")
+    assert not (tmp_path / "nowhere").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------- trackers
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_tracker_that_is_not_there(run_script, model_dir, data, tmp_path, script):
