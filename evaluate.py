@@ -28,7 +28,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shlex
@@ -36,7 +35,6 @@ import sys
 import time
 from array import array
 from collections import namedtuple
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from operator import itemgetter
 from pathlib import Path
 
@@ -56,7 +54,10 @@ from plumbing.data import (SkipRow, apply_template, assistant_stop_id, begins_wi
 from plumbing.process import (UserError, file_sha256, init_distributed, lock_for_writing, make_directory, on_rank_0,
                               parse_json, print_rank0, read_json, read_text, run_main, to_json, write_atomically,
                               write_text)
+from plumbing.rows import (append_rows, as_lines, complete_rows, read_own_rows, read_whole_lines, write_json,
+                           write_lines, write_once)
 from plumbing.run import Parser, check_ranges, json_object, open_tracker
+from plumbing.server import ask_all
 
 
 # --------------------------------------------------------------------------------------------------- the estimators
@@ -422,7 +423,6 @@ RECIPES = {
     "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs",
                       ("chosen", "rejected")),  # the prompt is their first message
 }
-FREE = ("out", "batch_size", "timeout", "threads", "concurrency")  # flags that change no result
 PROTOCOL = ("n", "k", "temperature", "top_p", "max_new_tokens", "max_length", "max_prompt_length", "seed", "precision")
 
 
@@ -795,111 +795,6 @@ def load_scorer(args, device):
     if args.preset != "toy":
         check_length(read_config(directory), directory, args.max_length)
     return model, tokenizer, directory
-
-
-# ------------------------------------------------------------------------- files that a second run of a command goes on
-def complete_rows(out, provenance, items, compute, fields, product=None):
-    """The rows {index: row} of items {index: item} in the .jsonl file `out`. compute(the items that it lacks) yields
-    lists of rows, which are on disk before more are computed; an item without a row is left out. A row has the `fields`
-    {name: type}. All ranks call it.
-
-    OUT.about.json holds the `provenance`, how the rows are made: a second run must be told the same, but for the flags
-    FREE. UserError lists the differences, or says that `out`, or the file `product` that is made of its rows, stands
-    there without it."""
-    rows = on_rank_0(lambda: rows_so_far(out, provenance, fields, product or out))
-    lacking = {index: item for index, item in items.items() if index not in rows}
-    if not lacking:
-        print_rank0(f"{out} is complete")
-    for fresh in compute(lacking):
-        append_rows(out, fresh)
-        for row in fresh:
-            rows[row["index"]] = row
-    rows = {index: rows[index] for index in items if index in rows}
-    on_rank_0(lambda: write_lines(out, rows.values()))
-    return rows
-
-
-def rows_so_far(out, provenance, fields, product):
-    """What complete_rows begins with: the rows {index: row} that `out` holds, if they were made in the same way."""
-    sidecar = out.with_suffix(".about.json")
-    if sidecar.exists():
-        before = read_json(sidecar)
-        differences = []
-        for key in sorted({*before, *provenance} - {*FREE}):
-            if before.get(key) != provenance.get(key):
-                differences.append(f"{key} was {before.get(key)!r}, is {provenance.get(key)!r}")
-        if differences:
-            raise UserError(f"{sidecar}: {out} was made otherwise: {'; '.join(differences)}. Choose another --out")
-    else:
-        for path in (out, product):
-            if path.exists():
-                raise UserError(f"{path} exists, and no {sidecar.name} says how it was made: choose another --out")
-    rows = read_own_rows(out, fields, key=["index"])
-    write_json(sidecar, provenance)
-    return rows
-
-
-def read_own_rows(path, fields, key):
-    """{values of the fields `key`: row} of a .jsonl file, which is locked from now on. A line that a kill cut in two is
-    dropped, and of rows of one key the first is kept. Raises UserError, leaving it as it is, for a file of somebody
-    else's or one that was edited: a row of ours has the `fields` {name: type}, the first at its head."""
-    make_directory(path.parent)
-    lock_for_writing(path)
-    text = path.read_bytes() if path.exists() else b""
-    begins = f'{{"{next(iter(fields))}": '.encode()
-    if not begins.startswith(text[: len(begins)]):
-        raise UserError(f"{path}:1: not a row of ours: give --out a file of its own")
-    lines = read_whole_lines(path) if text else []
-    rows = {}
-    for where, row in lines:
-        for name, kind in fields.items():
-            if name not in row or not isinstance(row[name], kind):
-                raise UserError(f"{where}: not a row of ours: {name} is {row.get(name)!r:.40}: mend or delete it")
-        rows.setdefault(itemgetter(*key)(row), row)
-    if len(rows) < len(lines):
-        print_rank0(f"{path}: {len(lines) - len(rows)} rows stood there twice: the first of each is kept")
-    if text and (len(rows) < len(lines) or not text.endswith(b"\n")):
-        write_lines(path, rows.values())
-    return rows
-
-
-def read_whole_lines(path):
-    """[("file:line", row)] of a JSON-lines file, without a last line that a kill cut in two."""
-    n_whole = path.read_bytes().count(b"\n")
-    return list(itertools.islice(read_jsonl(path), n_whole))
-
-
-def append_rows(out, rows):
-    """Add JSON lines, on rank 0; on disk when it returns. Raises UserError, which names the file, on a full disk."""
-    if dist.get_rank() == 0:
-        try:
-            with open(out, "a", encoding="utf-8") as file:
-                file.write(as_lines(rows))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error}; the rows before are kept") from None
-
-
-def write_once(path, text):
-    """A file that is made of finished rows -> " is complete" if it stood there. Raises UserError if it was changed."""
-    stood_there = path.exists()
-    if stood_there and read_text(path) != text:
-        raise UserError(f"{path} holds something else than this command writes there: choose another --out")
-    write_text(path, text)
-    return " is complete" if stood_there else ""
-
-
-def as_lines(rows):
-    return "".join(to_json(row) + "\n" for row in rows)
-
-
-def write_lines(path, rows):
-    write_text(path, as_lines(rows))
-
-
-def write_json(path, content):
-    write_text(path, to_json(content, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- sample, label
@@ -1457,13 +1352,6 @@ More helpful: <"A" or "B">"""
 CHOICE = re.compile(r"[\W_]*+((?i:more helpful)[\W_]++)?((?i:response)[\W_]++)?([AB])[\W_]*+")
 JUDGE_SAMPLING = dict(temperature=0, max_tokens=2048)  # FastChat's for MT-Bench
 NEED_REFERENCE = ("math", "reasoning", "coding")  # MT-Bench's categories that are graded beside a reference answer
-PATIENCE = dict(timeout=300, max_retries=8)  # seconds a read; retries after 429, 5xx, a time-out or no connection
-TOTAL_TIME = 1800  # seconds a request, its repetitions included: a server may send a byte a second
-GIVE_UP = 20  # requests failed in a row, each after its retries: the server is down
-REFUSES_THIS_ONE = (400, 413, 422)  # a content filter, a context too long: others may pass
-NOT_THIS_TIME = (408, 409, 429)
-# A judge that refuses one of these parameters is asked with the other name for it, or without it.
-OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None}
 
 
 def parse_choice(text):
@@ -1486,143 +1374,6 @@ def request_seed(seed, prompt, j):
     return int(digest[:8], 16) >> 1
 
 
-class Server:
-    """An OpenAI-compatible server at args.api. The key is read from the environment and goes nowhere else. Raises
-    UserError where it cannot be asked."""
-
-    def __init__(self, args):
-        try:
-            import openai
-        except ImportError:
-            raise UserError("asking a model through --api needs `pip install openai`") from None
-        if not re.fullmatch(r"https?://[^@?#\s]+", args.api):  # not repeated here: it may hold a password
-            raise UserError("--api: want http(s)://HOST[:PORT]/PATH without credentials, such as"
-                            " http://localhost:8000/v1")
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-is-set"  # a local server wants none
-        if not (self.key.isascii() and self.key.isprintable()):
-            raise UserError("OPENAI_API_KEY: a key has plain letters only")
-        self.url = args.api
-        # A judge without temperature 0 judges still; a sample of another temperature is another sample.
-        self.other_names = dict(OTHER_NAMES)
-        if args.command == "sample":
-            del self.other_names["temperature"]
-        self.renamed = set()  # parameters that this server has taken under their other names
-        # Redirects are not followed: prompts are for the host that was named.
-        http = openai.DefaultHttpxClient(follow_redirects=False)
-        self.client = openai.OpenAI(api_key=self.key, base_url=args.api, http_client=http, **PATIENCE)
-        # What a request may fail with; after the first two, what a proxy's page, cut or deeply nested JSON or bytes
-        # that are no UTF-8 lead to.
-        self.failures = (openai.APIError, TimeoutError, json.JSONDecodeError, UnicodeDecodeError, AttributeError,
-                         LookupError, TypeError, RecursionError)
-
-    def redact(self, words):
-        """Cut the key out, which some servers quote. `x` or `EMPTY`, as people set for a local one, is no secret."""
-        return words.replace(self.key, "[key]") if len(self.key) > 15 else words
-
-    def ask(self, request):
-        """-> reply: text, finish_reason, model, and tokens or None. Repeating is the openai client's business."""
-        answer = self.create(request)
-        choice = answer.choices[0]
-        text = choice.message.content if "messages" in request else choice.text
-        if not isinstance(text, str):
-            raise TypeError(f"the reply's content is no text but {text!r:.80}")
-        reason = choice.finish_reason
-        tokens = answer.usage.completion_tokens if answer.usage else None
-        return dict(text=self.redact(text), finish_reason=self.redact(reason) if isinstance(reason, str) else None,
-                    model=self.redact(str(answer.model or "")), tokens=tokens if type(tokens) is int else None)
-
-    def create(self, request):
-        """Send it, in the form that the server takes, see OTHER_NAMES."""
-        endpoint = self.client.chat.completions if "messages" in request else self.client.completions
-        tried = set(self.renamed)
-        while True:  # until it is taken, or refused for something else
-            asked = dict(request)
-            for parameter in tried & asked.keys():
-                value = asked.pop(parameter)
-                if self.other_names[parameter]:
-                    asked[self.other_names[parameter]] = value
-            try:
-                answer = endpoint.create(**asked)
-            except self.failures as error:
-                parameter = self.unknown_parameter(error, asked)
-                if parameter is None:
-                    raise
-                tried.add(parameter)
-                continue
-            for parameter in tried - self.renamed:
-                print_rank0(f"{self.url} does not take {parameter}: asked {OTHER_NAMES[parameter] or 'without it'}")
-            self.renamed |= tried
-            return answer
-
-    def unknown_parameter(self, error, asked):
-        """The parameter that a refusal says the server does not know, of those with another name, or None. Requests
-        that continue a text have no other names."""
-        words = str(error)
-        refused = getattr(error, "status_code", None) == 400 and re.search(r"(?i)support|recogni", words)
-        if refused and "messages" in asked:
-            for parameter in self.other_names:
-                if parameter in asked and re.search(rf"\b{parameter}\b", words):
-                    return parameter
-        return None
-
-
-def ask_all(items, args):
-    """Send all requests of items (what it is for, its requests), one after another, of args.concurrency items at a
-    time; yield (what for, replies), and send no more until that is kept: never are more replies paid for and not kept.
-
-    Raises UserError: at once where the server refuses whatever is asked (a wrong key, model or address), at the end
-    where requests failed, which are counted; the others are asked nevertheless."""
-    server = Server(args)
-
-    def ask_in_turn(requests):
-        return [server.ask(request) for request in requests]
-
-    unsent = iter(tqdm(items, disable=None))  # with a bar on a terminal
-    running = {}  # future: (what it is for, when it is given up)
-    failures = []
-    n_answered = 0
-    in_a_row = 0  # that failed
-    pool = ThreadPoolExecutor(len(items) or 1)  # a thread that is given up hangs on; of others there are `concurrency`
-    try:
-        while True:
-            free = args.concurrency - len(running) if in_a_row < GIVE_UP else 0
-            for what, requests in itertools.islice(unsent, free):
-                deadline = time.monotonic() + TOTAL_TIME * len(requests)
-                running[pool.submit(ask_in_turn, requests)] = what, deadline
-            if not running:
-                break
-            first_deadline = min(deadline for _, deadline in running.values())
-            done, pending = wait(running, first_deadline - time.monotonic(), return_when=FIRST_COMPLETED)
-            overdue = [future for future in pending if running[future][1] <= time.monotonic()]
-            for future in [*done, *overdue]:
-                what, _ = running.pop(future)
-                try:
-                    if future in overdue:
-                        raise TimeoutError(f"no whole reply within {TOTAL_TIME} seconds a request")
-                    yield what, future.result()
-                    n_answered += 1
-                    in_a_row = 0
-                except server.failures as error:
-                    why = server.redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
-                    failures.append(f"{why} ({name_of(what)})")
-                    status = getattr(error, "status_code", 500)
-                    if status < 500 and status not in (*REFUSES_THIS_ONE, *NOT_THIS_TIME):
-                        raise UserError(f"{args.api} refuses a request: {why}") from None
-                    # A stretch of prompts that a filter refuses is no sign that the server is down.
-                    if status not in REFUSES_THIS_ONE or n_answered == 0:
-                        in_a_row += 1
-    finally:  # Ctrl-C, or a request refused: do not wait for what is under way
-        pool.shutdown(wait=False, cancel_futures=True)
-    if failures:
-        raise UserError(f"{len(failures)} of {len(items)} requests failed, the first: {failures[0]}; after {GIVE_UP} in"
-                        " a row no more is asked; the same command asks those that are missing")
-
-
-def name_of(what):
-    """What a request is for, in few words: a prompt's row or the key of a verdict."""
-    return f"row {what.index} of the data" if isinstance(what, Prompt) else f"key {str(what)[:12]}"
-
-
 def api_rows(prompts, args):
     """Like sampled_rows, from a server: each completion a request with its own seed; a text is continued as it is, a
     conversation answered through the server's chat template. A prompt of whose requests one failed has no row."""
@@ -1637,7 +1388,7 @@ def api_rows(prompts, args):
         if prompt.tools:
             request["tools"] = prompt.tools
         seeds = [request_seed(args.seed, prompt.content, j) for j in range(args.k)]
-        items.append((prompt, [request | dict(seed=seed) for seed in seeds]))
+        items.append((prompt, f"row {prompt.index} of the data", [request | dict(seed=seed) for seed in seeds]))
     for prompt, replies in ask_all(items, args):
         answers = []
         for reply in replies:
@@ -1742,7 +1493,7 @@ def judge(args):
         identity = json.dumps(dict(request, about=about), sort_keys=True, separators=(",", ":"))
         wanted[hashlib.sha256(identity.encode()).hexdigest()] = about, request
     ledger = read_own_rows(out, dict(key=str, verdict=object, text=str), key=["key"])
-    pending = [(key, [request]) for key, (_, request) in wanted.items() if key not in ledger]
+    pending = [(key, f"key {key[:12]}", [request]) for key, (_, request) in wanted.items() if key not in ledger]
     print_rank0(f"{out}: {len(wanted)} verdicts wanted, {len(pending)} of them still to be asked of {args.judge}")
     failure = None
     try:

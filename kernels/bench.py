@@ -79,8 +79,8 @@ def resident(key):
 
 
 def seconds(run, device):
-    """Of one run: between CUDA events on a GPU, by the clock elsewhere. The GPU's own time: what the host launches waits
-    behind a pause of some 10 ms, as it does in training behind the work before it."""
+    """Of one run: between CUDA events on a GPU, by the clock elsewhere. The GPU's own time: what the host launches
+    waits behind a pause of some 10 ms, as it does in training behind the work before it."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()

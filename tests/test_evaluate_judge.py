@@ -138,7 +138,7 @@ def server(one_server, monkeypatch, process_group):
 
 def patience(monkeypatch, timeout=5, max_retries=2):
     """What the client is told, here and not in a process of its own."""
-    monkeypatch.setattr(evaluate, "PATIENCE", dict(timeout=timeout, max_retries=max_retries))
+    monkeypatch.setattr("plumbing.server.PATIENCE", dict(timeout=timeout, max_retries=max_retries))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the runs
@@ -460,7 +460,7 @@ def test_a_reply_that_cannot_be_read(server, tmp_path, reply):
 
 def test_a_byte_now_and_then(server, tmp_path, monkeypatch):
     """A read of which never times out: the request does."""
-    monkeypatch.setattr(evaluate, "TOTAL_TIME", 2)
+    monkeypatch.setattr("plumbing.server.TOTAL_TIME", 2)
     server.reset(lambda request, nth: "drip" if "question 1?" in content(request) else fair(request))
     began = time.monotonic()
     with pytest.raises(evaluate.UserError, match="1 of 4 requests failed.*within 2 seconds"):

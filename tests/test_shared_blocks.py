@@ -23,7 +23,8 @@ HEADING = re.compile(r"^# =+ Shared by the scripts: read it once\n", re.M)
 COLUMNS = 120
 # The rooms of plumbing/ and those that each may import from.
 ROOMS = {"__init__": set(), "process": set(), "data": {"process"}, "checkpoint": {"process"},
-         "run": {"process", "data", "checkpoint"}, "one_file": set()}
+         "run": {"process", "data", "checkpoint"}, "rows": {"process", "data"}, "server": {"process"},
+         "one_file": set()}
 
 
 def scripts(root=ROOT):
