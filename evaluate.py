@@ -1733,6 +1733,16 @@ def draw(rows, x, ys, judge, ticks=None, **line):
     return figure
 
 
+def add_legend(figure, title):
+    """Below all axes, each label once."""
+    legend = {}
+    for ax in figure.axes:
+        for handle, text in zip(*ax.get_legend_handles_labels()):
+            legend[text] = handle
+    figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend),
+                  title=title, title_fontsize=8)
+
+
 def draw_curves(runs, points):
     """Figure 3: means of the checkpoints; where each seed has three, the curve fitted to all seeds' own, with a star at
     its maximum (exp(a/b - 1), WR_sft + b d), where a - b log d - b = 0, if that is inside the data -> rows, figure."""
@@ -1866,15 +1876,9 @@ def plot(args):
     write_text(out / "table1.tex", latex_table(table))
     for stale in out.glob("figure5.*"):  # it would pass for one of these runs
         stale.unlink()
-    titles = dict.fromkeys(figures, BARS)
-    titles["figure3"] += FITS + (BANDS if (table["n"] > 1).any() else "")
     for name, (rows, figure) in figures.items():
-        legend = {}  # each label once
-        for ax in figure.axes:
-            for handle, text in zip(*ax.get_legend_handles_labels()):
-                legend[text] = handle
-        figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8, frameon=False, ncols=len(legend),
-                      title=titles[name], title_fontsize=8)
+        fits = FITS + (BANDS if (table["n"] > 1).any() else "")
+        add_legend(figure, BARS + (fits if name == "figure3" else ""))
         write_atomically(out / f"{name}.png", lambda aside: figure.savefig(aside, format="png", dpi=150))
         write_frame(name, rows)
     print_rank0(markdown_table(table, judge))

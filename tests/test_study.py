@@ -330,3 +330,34 @@ def test_pictures_are_drawn():
     ends = [row for row in rows if row["step"] == 128 and (row["method"], row["lr"]) == ("is_dpo", 1e-4)]
     line = next(line for line in rates.axes[0].lines if line.get_label().startswith("is_dpo"))
     assert line.get_ydata()[0] == pytest.approx(100 * np.mean([row["win_rate"] for row in ends]))
+
+
+def test_the_golden_study_draws_its_rows(tmp_path, monkeypatch):
+    """toy/truth.py --pictures: the points of figure 4, by each judge, and of figure 5 are means of the committed rows."""
+    spec = importlib.util.spec_from_file_location("toy_truth", REPO / "toy" / "truth.py")
+    truth = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(truth)
+    for name in ("study_golden", "study_figure6"):
+        (tmp_path / f"{name}.jsonl").write_bytes((RESULTS / f"{name}.jsonl").read_bytes())
+    drawn = {}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **how: drawn.update({path.stem: self}))
+    truth.draw_study(tmp_path / "study_golden.jsonl")
+    rows = [json.loads(line) for line in (RESULTS / "study_golden.jsonl").open()]
+
+    def mean(name, **which):
+        return 100 * np.mean([row[name] for row in rows if all(row[key] == value for key, value in which.items())])
+
+    def points(figure, ax, label):
+        (bars,) = [container for container in figure.axes[ax].containers if container.get_label() == label]
+        return bars.lines[0].get_xydata()
+
+    steps = sorted({row["step"] for row in rows})
+    for figure, judge, name in (("study_figure4", "golden model", "win_rate"), ("study_truth_figure4", "truth", "truth_win_rate")):
+        assert judge in drawn[figure].axes[0].get_ylabel()
+        for method in ("dpo", "is_dpo", "chi_po"):
+            expected = [[step / 64, mean(name, method=method, beta=0.01, lr=4e-4, step=step)] for step in steps]
+            np.testing.assert_allclose(points(drawn[figure], 0, method), expected, rtol=1e-12)
+    methods = ["is_dpo, log_eps 0", "is_dpo, log_eps 0.5", "is_dpo", "is_dpo, log_eps 2", "is_dpo, log_eps 4", "is_dpo, log_eps inf"]
+    expected = [[place, mean("win_rate", method=method, beta=0.01, lr=4e-4, step=steps[-1])] for place, method in enumerate(methods)]
+    np.testing.assert_allclose(points(drawn["study_figure5"], 1, "is_dpo"), expected, rtol=1e-12)
+    assert len(drawn) == 5

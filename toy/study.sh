@@ -74,7 +74,5 @@ done | xargs -P "$JOBS" -I{} bash -c '{}'
 python toy/truth.py "$OUT/truth" $(awk -v out="$OUT" '{print out "/runs" $1 "/" $2}' "$OUT/runs.txt") \
     --rows results/study_golden.jsonl
 python evaluate.py plot "$OUT"/runs?/*-lr"$LR"{,-log_eps*} --out "$OUT/figures"
-python evaluate.py plot "$OUT"/truth/*-lr"$LR"{,-log_eps*} --out "$OUT/truth_figures"
-for figure in figure3 figure4 figure5 figure6; do cp "$OUT/figures/$figure.png" "results/study_$figure.png"; done
 cp "$OUT/figures/figure6.jsonl" results/study_figure6.jsonl
-cp "$OUT/truth_figures/figure4.png" results/study_truth_figure4.png
+python toy/truth.py --pictures results/study_golden.jsonl

@@ -2,6 +2,7 @@
 
     python toy/truth.py OUT RUN...                                   for `evaluate.py plot OUT/*`
     python toy/truth.py OUT RUN... --rows results/study_golden.jsonl   and the rows and tables of the study
+    python toy/truth.py --pictures results/study_golden.jsonl        figures 3 to 6 of the study, from its rows
 
 writes OUT/<parent of RUN>-<RUN>/ for each run: its metrics.jsonl, and a golden.jsonl in which win_rate and reward are
 the truth's (toy/make.py) of the very completions that `evaluate.py golden --keep_samples` judged by the reward model; a
@@ -21,6 +22,7 @@ from pathlib import Path
 import make
 from study import cell, table
 
+STEPS_AN_EPOCH = 64  # of the toy's 2,048 pairs
 MEASURES = ("win_rate", "kl", "sqrt_kl", "reward", "length", "ended")
 
 
@@ -110,12 +112,68 @@ def report(rows):
     return text
 
 
+def runs_to_draw(rows, lr, judge, prefix):
+    """What evaluate.py draws of runs at a rate, from rows of the study; the judge's win rates have this prefix."""
+    of_runs = {}
+    for row in rows:
+        if row["lr"] == lr:
+            of_runs.setdefault((row["method"], row["beta"], row["seed"]), []).append(row)
+    for (method, beta, seed), path in of_runs.items():
+        loss, _, cap = method.partition(", log_eps ")
+        points = [dict(step=row["step"], epoch=row["step"] / STEPS_AN_EPOCH, sqrt_kl=row["sqrt_kl"],
+                       sqrt_kl_se=row["sqrt_kl_se"], win_rate=100 * row[f"{prefix}win_rate"],
+                       win_rate_se=100 * row[f"{prefix}win_rate_se"]) for row in path]
+        log_eps = float(cap or 1) if loss.startswith("is_") else None
+        yield dict(loss=loss, beta=beta, lr=lr, seed=seed, log_eps=log_eps, points=points, judge=judge)
+
+
+ENDS = ["peak_win_rate", "final_win_rate", "final_sqrt_kl"]
+
+
+def ends(run):
+    """What figure 5 shows of a run."""
+    values = dict(peak_win_rate=max(point["win_rate"] for point in run["points"]))
+    return [values | {f"final_{name}": run["points"][-1][name] for name in ("win_rate", "sqrt_kl")}]
+
+
+def draw_study(path):
+    """The pictures beside the rows: figures 3 to 5 of the first rate, 4 also by the truth, and 6 of the training logs,
+    whose means are in study_figure6.jsonl."""
+    import evaluate as ev
+    import pandas as pd
+
+    rows = make.read_lines(path)
+    lr = min(row["lr"] for row in rows)
+    by_golden = [*runs_to_draw(rows, lr, "golden model", "")]
+    by_truth = [*runs_to_draw(rows, lr, "truth", "truth_")]
+    means = lambda runs: ev.average([run for run in runs if run["log_eps"] in (None, 1)], lambda run: run["points"],
+                                    ["epoch", "win_rate", "sqrt_kl"], ["step"])
+    shown = [run for run in by_golden if run["log_eps"] in (None, 1)]
+    caps = ev.average([run for run in by_golden if run["loss"] == "is_dpo" and run["beta"] == 0.01], ends, ENDS)
+    caps = caps.assign(place=range(len(caps)))
+    bins = pd.read_json(path.with_name("study_figure6.jsonl"), lines=True)
+    figures = {"figure3": ev.draw_curves(shown, means(by_golden))[1],
+               "figure4": ev.draw(means(by_golden), "epoch", ["win_rate", "sqrt_kl"], "golden model"),
+               "figure5": ev.draw(caps, "place", ENDS, "golden model", ticks=[*caps["log_eps"]]),
+               "figure6": ev.draw(bins, "epoch", ev.TRAINING, None),
+               "truth_figure4": ev.draw(means(by_truth), "epoch", ["win_rate", "sqrt_kl"], "truth")}
+    for name, figure in figures.items():
+        ev.add_legend(figure, ev.BARS + (ev.FITS + ev.BANDS if name == "figure3" else ""))
+        figure.savefig(path.with_name(f"study_{name}.png"), dpi=150)
+
+
 def main():
     parser = argparse.ArgumentParser(description="the truth's verdicts on runs on the toy task")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--rows", type=Path, help="rows of all runs, and tables beside them (.md)")
+    parser.add_argument("--pictures", type=Path, help="draw these rows of the study, beside them")
     args = parser.parse_args()
+    if args.pictures:
+        draw_study(args.pictures)
+        return
+    if not args.runs:
+        parser.error("want OUT and RUN...")
     rows = []
     for run in args.runs:
         to = args.out / f"{run.parent.name}-{run.name}"
