@@ -145,18 +145,17 @@ def draw_study(path):
     rows = make.read_lines(path)
     lr = min(row["lr"] for row in rows)
     by_golden = [*runs_to_draw(rows, lr, "golden model", "")]
-    by_truth = [*runs_to_draw(rows, lr, "truth", "truth_")]
-    means = lambda runs: ev.average([run for run in runs if run["log_eps"] in (None, 1)], lambda run: run["points"],
-                                    ["epoch", "win_rate", "sqrt_kl"], ["step"])
-    shown = [run for run in by_golden if run["log_eps"] in (None, 1)]
+    shown, shown_truth = ([run for run in runs if run["log_eps"] in (None, 1)]
+                          for runs in (by_golden, runs_to_draw(rows, lr, "truth", "truth_")))
+    means = lambda runs: ev.average(runs, lambda run: run["points"], ["epoch", "win_rate", "sqrt_kl"], ["step"])
     caps = ev.average([run for run in by_golden if run["loss"] == "is_dpo" and run["beta"] == 0.01], ends, ENDS)
     caps = caps.assign(place=range(len(caps)))
     bins = pd.read_json(path.with_name("study_figure6.jsonl"), lines=True)
-    figures = {"figure3": ev.draw_curves(shown, means(by_golden))[1],
-               "figure4": ev.draw(means(by_golden), "epoch", ["win_rate", "sqrt_kl"], "golden model"),
+    figures = {"figure3": ev.draw_curves(shown, means(shown))[1],
+               "figure4": ev.draw(means(shown), "epoch", ["win_rate", "sqrt_kl"], "golden model"),
                "figure5": ev.draw(caps, "place", ENDS, "golden model", ticks=[*caps["log_eps"]]),
                "figure6": ev.draw(bins, "epoch", ev.TRAINING, None),
-               "truth_figure4": ev.draw(means(by_truth), "epoch", ["win_rate", "sqrt_kl"], "truth")}
+               "truth_figure4": ev.draw(means(shown_truth), "epoch", ["win_rate", "sqrt_kl"], "truth")}
     for name, figure in figures.items():
         ev.add_legend(figure, ev.BARS + (ev.FITS + ev.BANDS if name == "figure3" else ""))
         figure.savefig(path.with_name(f"study_{name}.png"), dpi=150)
